@@ -1,0 +1,1 @@
+"""Run configuration: schema, loading and what follows from it."""

@@ -1,0 +1,293 @@
+"""Every setting of a run: unit, range, default. Unknown keys are refused.
+
+Durations end in ``_s`` or ``_ms``, sizes in ``_tokens`` or ``_bytes``. Secrets are not settings:
+the Redis password comes from ``RINGASYNC_REDIS_PASSWORD``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+RUN_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+"""No braces, colons or slashes: the name is a Redis hash tag and a folder name."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class RunConfig(_Section):
+    """Which run this is and where its files lie."""
+
+    name: str = Field("demo", pattern=RUN_NAME_PATTERN)
+    dir: Path = Path("runs")
+    seed: int = Field(0, ge=0, lt=2**31)
+
+
+class RedisConfig(_Section):
+    """The broker. ``embedded`` starts a loopback-only server in the run folder."""
+
+    url: str = "embedded"
+    connect_timeout_s: float = Field(5.0, gt=0)
+    retry_budget_s: float = Field(60.0, gt=0)
+    """How long a role retries an unreachable Redis before it gives up with exit code 3."""
+    maxmemory_bytes: int = Field(1 << 30, ge=1 << 20)
+    """Limit given to the embedded server (``noeviction``)."""
+
+
+class ModelConfig(_Section):
+    """The policy. ``path`` is a local folder or hub name; ``starter`` builds the small demo model."""
+
+    path: str = "starter"
+    max_model_len_tokens: int = Field(160, ge=8)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class StarterConfig(_Section):
+    """The small character-level Qwen3 that the project builds and fine-tunes when none is given."""
+
+    hidden_size: int = Field(128, ge=32, multiple_of=32)
+    num_layers: int = Field(4, ge=1)
+    head_dim: int = Field(32, ge=32)
+    num_heads: int = Field(4, ge=1)
+    num_kv_heads: int = Field(2, ge=1)
+    intermediate_size: int = Field(384, ge=32)
+    lr: float = Field(3e-3, gt=0)
+    batch_size: int = Field(64, ge=1)
+    target_reward_low: float = Field(0.38, ge=0, le=1)
+    target_reward_high: float = Field(0.48, ge=0, le=1)
+    max_seconds_s: float = Field(120.0, gt=0)
+    threads: int = Field(2, ge=1)
+
+
+class TaskConfig(_Section):
+    """One domain of the prompt mixture."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,48}$")
+    kind: Literal["reasoning_gym", "mathematics", "jsonl", "hub"]
+    weight: float = Field(1.0, gt=0)
+    dataset: str = ""
+    """reasoning_gym: dataset name. jsonl: file path. hub: dataset name. mathematics: family."""
+    params: dict[str, Any] = Field(default_factory=dict)
+    split: str = "train"
+    prompt_field: str = "prompt"
+    answer_field: str = "answer"
+    verifier: str = ""
+    """Empty: the kind's own. Else ``exact``, ``math_verify`` or ``python:package.module:function``."""
+
+
+class DataConfig(_Section):
+    """Prompts: a weighted mixture of tasks, rendered by a chat-like template."""
+
+    tasks: tuple[TaskConfig, ...] = Field(min_length=1)
+    template: str = "{prompt}"
+    """Format string with ``{prompt}``, or ``tokenizer`` for the tokenizer's own chat template."""
+    epochs: int | None = Field(None, ge=1)
+    """Passes over finite sources; None repeats them for ever."""
+
+
+class SamplingConfig(_Section):
+    """How rollouts are sampled. What would make log-probs wrong is refused."""
+
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    repetition_penalty: float = 1.0
+    max_new_tokens: int = Field(96, ge=1)
+
+    @model_validator(mode="after")
+    def _full_distribution(self) -> Self:
+        if self.top_p != 1.0 or self.top_k != 0 or self.repetition_penalty != 1.0:
+            raise ValueError(
+                "top_p must be 1, top_k 0 and repetition_penalty 1: the learner cannot reproduce "
+                "the log-probs of a cut distribution; use temperature instead"
+            )
+        return self
+
+
+class WorkerConfig(_Section):
+    """Rollout workers."""
+
+    count: int = Field(2, ge=0)
+    """Workers that ``ringasync up`` starts; more may join at any time."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    max_concurrent: int = Field(64, ge=1)
+    """Rollouts that one worker generates at once."""
+    flush_tokens: int = Field(64, ge=1)
+    flush_ms: int = Field(500, ge=10)
+    heartbeat_ms: int = Field(500, ge=20)
+    session_ttl_ms: int = Field(5000, ge=200)
+    """A session without heartbeat for this long is dead; its leases return."""
+    drain_timeout_s: float = Field(20.0, gt=0)
+    threads: int = Field(1, ge=1)
+    kv: Literal["recompute", "keep"] = "recompute"
+    engine_options: dict[str, Any] = Field(default_factory=dict)
+
+
+class GraderConfig(_Section):
+    """Verifiers run in separate processes with limits."""
+
+    in_worker: bool = True
+    processes: int = Field(1, ge=1)
+    timeout_s: float = Field(10.0, gt=0)
+    memory_bytes: int = Field(2 << 30, ge=64 << 20)
+    max_attempts: int = Field(3, ge=1)
+
+
+class BudgetConfig(_Section):
+    """Phi of C3PO and C3PO++."""
+
+    tokens: int = Field(6144, ge=1)
+    count: Literal["trainable", "completed", "generated"] = "trainable"
+
+
+class ScheduleConfig(_Section):
+    """C3PO++: Algorithm 1 as ``rounds``, or ``pipelined``."""
+
+    mode: Literal["pipelined", "rounds"] = "pipelined"
+    group_size: int = Field(8, ge=1)
+    budget: BudgetConfig = BudgetConfig()
+    pool_capacity: int = Field(256, ge=1)
+    """Omega: rollouts queued, parked or generating at once (``rounds``)."""
+    retention_max: int | None = Field(None, ge=0)
+    """sigma: a rollout carried over more often is purged. None: never."""
+    purge_action: Literal["drop_group", "replace"] = "drop_group"
+    max_staleness: int = Field(3, ge=0)
+    """Learner steps between the oldest token and its training."""
+    max_attempts: int = Field(5, ge=1)
+    """Leases lost without progress before a rollout is quarantined."""
+    filter_zero_variance: bool = True
+    quarantine_breaker: float = Field(0.5, gt=0, le=1)
+    """Share of the last 64 closed groups quarantined at which feeding pauses."""
+
+
+class LossConfig(_Section):
+    """IcePop and its neighbours."""
+
+    mismatch: Literal["icepop", "tis", "kpop", "none"] = "icepop"
+    mask_low: float = Field(0.5, ge=0)
+    mask_high: float = Field(5.0, gt=0)
+    tis_cap: float = Field(2.0, gt=0)
+    kpop_phi: float = Field(0.5, gt=0)
+    clip_low: float = Field(0.2, gt=0)
+    clip_high: float = Field(0.2, gt=0)
+    normalizer: Literal["budget", "sequence"] = "budget"
+    advantage_std: bool = True
+
+    @model_validator(mode="after")
+    def _band(self) -> Self:
+        if self.mask_low >= self.mask_high:
+            raise ValueError("mask_low must be below mask_high")
+        return self
+
+
+class LearnerConfig(_Section):
+    """The learner: optimizer, length of the run, durability."""
+
+    backend: Literal["torch"] = "torch"
+    steps: int = Field(200, ge=1)
+    lr: float = Field(1e-3, ge=0)
+    warmup_steps: int = Field(5, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(0.0, ge=0)
+    grad_clip: float = Field(1.0, gt=0)
+    updates_per_batch: int = Field(1, ge=1)
+    """Optimizer steps a batch; above 1 the proximal pass is run."""
+    microbatch_tokens: int = Field(16384, ge=1)
+    threads: int = Field(1, ge=1)
+    checkpoint_every_steps: int = Field(20, ge=1)
+    checkpoint_keep: int = Field(2, ge=1)
+    lock_ttl_ms: int = Field(5000, ge=200)
+    stall_report_s: float = Field(30.0, gt=0)
+
+
+class WeightsConfig(_Section):
+    """How weights reach workers."""
+
+    transport: Literal["file", "redis"] = "file"
+    keep_versions: int = Field(3, ge=2)
+    redis_url: str = ""
+    """A second Redis without AOF for the ``redis`` transport; empty: the main one, 64 MB at most."""
+    canary: bool = True
+    probe_sequences: int = Field(8, ge=1)
+    probe_floor_mean: float = Field(1e-3, gt=0)
+    probe_floor_p99: float = Field(1e-2, gt=0)
+    """Floors of the probe's mean and 99th percentile log-prob gap, in nats (fp32 engines)."""
+
+
+class EvalConfig(_Section):
+    """The fixed held-out set; evaluated before the first and after the last step."""
+
+    prompts: int = Field(256, ge=0)
+    seed: int = Field(987654321, ge=0)
+    every_steps: int = Field(0, ge=0)
+    """0: only first and last."""
+    timeout_s: float = Field(300.0, gt=0)
+
+
+class ObservabilityConfig(_Section):
+    """Logs, metrics, report."""
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    tensorboard: bool = True
+    samples_keep: int = Field(64, ge=0)
+    stall_report_s: float = Field(30.0, gt=0)
+
+
+class Config(_Section):
+    """A whole run."""
+
+    run: RunConfig = RunConfig()
+    redis: RedisConfig = RedisConfig()
+    model: ModelConfig = ModelConfig()
+    starter: StarterConfig = StarterConfig()
+    data: DataConfig
+    sampling: SamplingConfig = SamplingConfig()
+    worker: WorkerConfig = WorkerConfig()
+    grader: GraderConfig = GraderConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    loss: LossConfig = LossConfig()
+    learner: LearnerConfig = LearnerConfig()
+    weights: WeightsConfig = WeightsConfig()
+    eval: EvalConfig = EvalConfig()
+    observability: ObservabilityConfig = ObservabilityConfig()
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        """Refuse pairs that cannot work together."""
+        sampling, schedule, worker = self.sampling, self.schedule, self.worker
+        longest_group_tokens = sampling.max_new_tokens
+        if schedule.budget.tokens < longest_group_tokens:
+            raise ValueError(
+                f"schedule.budget.tokens ({schedule.budget.tokens}) must hold at least one rollout "
+                f"of sampling.max_new_tokens ({sampling.max_new_tokens}): raise the first or lower the second"
+            )
+        if sampling.max_new_tokens >= self.model.max_model_len_tokens:
+            raise ValueError(
+                f"sampling.max_new_tokens ({sampling.max_new_tokens}) must be below "
+                f"model.max_model_len_tokens ({self.model.max_model_len_tokens}): the prompt needs room"
+            )
+        if schedule.group_size == 1 and schedule.filter_zero_variance:
+            raise ValueError(
+                "schedule.group_size = 1 gives every group zero variance, so all would be filtered: "
+                "raise group_size or set schedule.filter_zero_variance = false"
+            )
+        if schedule.mode == "rounds" and schedule.pool_capacity < schedule.group_size:
+            raise ValueError(
+                f"schedule.pool_capacity ({schedule.pool_capacity}) must hold one group of "
+                f"schedule.group_size ({schedule.group_size})"
+            )
+        if worker.heartbeat_ms * 3 > worker.session_ttl_ms:
+            raise ValueError(
+                f"worker.session_ttl_ms ({worker.session_ttl_ms}) must be at least three times "
+                f"worker.heartbeat_ms ({worker.heartbeat_ms}), or one late heartbeat ends a session"
+            )
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of this run: ``run.dir / run.name``."""
+        return self.run.dir / self.run.name

@@ -1,0 +1,118 @@
+"""The engine protocol: what a rollout worker asks of an inference engine.
+
+An engine samples tokens for many requests at once and hands them out in batches. It never talks
+to Redis. Weights change only between ``pause`` and ``resume``; every token chunk carries the
+policy version that sampled it, and requests in flight go on after a swap with their whole context
+recomputed under the new weights (``kv="recompute"``), so that ``behavior_logprobs`` stay true.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+EngineFinish = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are drawn: full distribution at ``temperature``, nothing cut off."""
+
+    temperature: float
+    eos_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One rollout to generate on: context is ``prompt_ids + prefix_ids``.
+
+    ``max_new_tokens`` counts tokens still to sample. ``seed`` is used by engines that seed each
+    request; others ignore it.
+    """
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    prefix_ids: tuple[int, ...]
+    max_new_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenChunk:
+    """New tokens of one request, all sampled under ``policy_version``.
+
+    ``behavior_logprobs`` are natural logs of the sampling distribution (after temperature), fp32,
+    one for each token id. ``finish`` is set on the last chunk, whose ``token_ids`` may be empty.
+    ``stop`` means an EOS token was sampled; it is the last id of the request's tokens.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    behavior_logprobs: tuple[float, ...]
+    policy_version: int
+    finish: EngineFinish | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRequest:
+    """Tokens whose log-probs are wanted at T = 1, given ``prompt_ids``; prefix cache bypassed."""
+
+    prompt_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+
+
+class Engine(Protocol):
+    """An inference engine. Calls may come from one asyncio task at a time, except ``outputs``."""
+
+    async def start(self, weights_dir: Path, policy_version: int) -> None:
+        """Load config and weights from an HF-format folder and begin to serve."""
+        ...
+
+    async def stop(self) -> None:
+        """Release everything; safe to call twice and after a failure."""
+        ...
+
+    async def generate(self, requests: Sequence[GenerationRequest]) -> None:
+        """Queue requests; their tokens arrive through ``outputs``. Queued while paused."""
+        ...
+
+    async def outputs(self) -> list[TokenChunk]:
+        """Wait for new tokens and return all that are there, oldest first.
+
+        Waits for: the engine's next step. Unblocked by: tokens, a finished request, or a dead
+        engine, which raises ``EngineError``.
+        """
+        ...
+
+    async def abort(self, request_ids: Sequence[str]) -> None:
+        """Stop requests. Tokens already sampled still come out of ``outputs`` before this returns
+        or are in its queue when it returns; none is delivered later. Unknown ids are ignored."""
+        ...
+
+    async def pause(self) -> None:
+        """Stop stepping. When this returns, every token sampled so far is in the output queue."""
+        ...
+
+    async def load_weights(self, weights_dir: Path, policy_version: int) -> None:
+        """Replace the live weights in place from a safetensors folder; only while paused.
+
+        On failure raises ``EngineError``: the engine must then be rebuilt.
+        """
+        ...
+
+    async def resume(self) -> None:
+        """Go on with all requests under the present weights."""
+        ...
+
+    async def score(self, requests: Sequence[ScoreRequest]) -> list[npt.NDArray[np.float32]]:
+        """Log-probs [T] of each request's ``token_ids`` under the live weights, T = 1, in order."""
+        ...
+
+    async def read_back(self) -> dict[str, str]:
+        """Digest (xxh3_128 hex of contiguous little-endian bytes) of each live parameter by HF name."""
+        ...
