@@ -1,0 +1,1 @@
+"""The learner: token-budgeted batches, IcePop, journal, checkpoint, weight publication."""

@@ -6,4 +6,4 @@ top-level packages ``workers`` and ``learner``.
 
 __version__ = "0.1.0"
 SCHEMA_VERSION = 1
-"""Version of every payload in Redis, in the journal and in manifests. An unknown one fails closed."""
+"""Version of every payload in Redis, in the journal, in manifests; an unknown one fails closed."""

@@ -68,7 +68,7 @@ AppendStatus = Literal["ok", "duplicate", "fenced", "gone", "gap", "full"]
 
 @dataclass(frozen=True, slots=True)
 class AppendItem:
-    """One segment to append under a lease; ``num_tokens`` counts policy tokens (0 for environment)."""
+    """One segment to append under a lease; ``num_tokens`` counts policy tokens only."""
 
     rollout_id: str
     token: str

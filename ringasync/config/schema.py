@@ -6,6 +6,7 @@ the Redis password comes from ``RINGASYNC_REDIS_PASSWORD``.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -23,7 +24,7 @@ class RunConfig(_Section):
     """Which run this is and where its files lie."""
 
     name: str = Field("demo", pattern=RUN_NAME_PATTERN)
-    dir: Path = Path("runs")
+    dir: Path = Field(Path("runs"), validate_default=False)
     seed: int = Field(0, ge=0, lt=2**31)
 
 
@@ -39,7 +40,7 @@ class RedisConfig(_Section):
 
 
 class ModelConfig(_Section):
-    """The policy. ``path`` is a local folder or hub name; ``starter`` builds the small demo model."""
+    """The policy. ``path``: a local folder, a hub name, or ``starter`` for the small demo model."""
 
     path: str = "starter"
     max_model_len_tokens: int = Field(160, ge=8)
@@ -76,7 +77,7 @@ class TaskConfig(_Section):
     prompt_field: str = "prompt"
     answer_field: str = "answer"
     verifier: str = ""
-    """Empty: the kind's own. Else ``exact``, ``math_verify`` or ``python:package.module:function``."""
+    """Empty: the kind's own; else ``exact``, ``math_verify`` or ``python:pkg.mod:function``."""
 
 
 class DataConfig(_Section):
@@ -210,7 +211,7 @@ class WeightsConfig(_Section):
     transport: Literal["file", "redis"] = "file"
     keep_versions: int = Field(3, ge=2)
     redis_url: str = ""
-    """A second Redis without AOF for the ``redis`` transport; empty: the main one, 64 MB at most."""
+    """A second Redis without AOF for transport ``redis``; empty: the main one, 64 MB at most."""
     canary: bool = True
     probe_sequences: int = Field(8, ge=1)
     probe_floor_mean: float = Field(1e-3, gt=0)
@@ -257,35 +258,44 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        """Refuse pairs that cannot work together."""
-        sampling, schedule, worker = self.sampling, self.schedule, self.worker
-        longest_group_tokens = sampling.max_new_tokens
-        if schedule.budget.tokens < longest_group_tokens:
-            raise ValueError(
-                f"schedule.budget.tokens ({schedule.budget.tokens}) must hold at least one rollout "
-                f"of sampling.max_new_tokens ({sampling.max_new_tokens}): raise the first or lower the second"
+        """Refuse pairs that cannot work together; all of them are named."""
+        problems = [*self._impossible_lengths(), *self._impossible_schedule()]
+        if problems:
+            raise ValueError("\n  ".join(problems))
+        return self
+
+    def _impossible_lengths(self) -> Iterator[str]:
+        sampling, budget = self.sampling, self.schedule.budget
+        if budget.tokens < sampling.max_new_tokens:
+            yield (
+                f"schedule.budget.tokens ({budget.tokens}) must hold at least one rollout of "
+                f"sampling.max_new_tokens ({sampling.max_new_tokens}): raise the first or lower "
+                "the second"
             )
         if sampling.max_new_tokens >= self.model.max_model_len_tokens:
-            raise ValueError(
+            yield (
                 f"sampling.max_new_tokens ({sampling.max_new_tokens}) must be below "
-                f"model.max_model_len_tokens ({self.model.max_model_len_tokens}): the prompt needs room"
+                f"model.max_model_len_tokens ({self.model.max_model_len_tokens}): the prompt "
+                "needs room"
             )
+
+    def _impossible_schedule(self) -> Iterator[str]:
+        schedule, worker = self.schedule, self.worker
         if schedule.group_size == 1 and schedule.filter_zero_variance:
-            raise ValueError(
-                "schedule.group_size = 1 gives every group zero variance, so all would be filtered: "
-                "raise group_size or set schedule.filter_zero_variance = false"
+            yield (
+                "schedule.group_size = 1 gives every group zero variance, so all would be "
+                "filtered: raise group_size or set schedule.filter_zero_variance = false"
             )
         if schedule.mode == "rounds" and schedule.pool_capacity < schedule.group_size:
-            raise ValueError(
+            yield (
                 f"schedule.pool_capacity ({schedule.pool_capacity}) must hold one group of "
                 f"schedule.group_size ({schedule.group_size})"
             )
         if worker.heartbeat_ms * 3 > worker.session_ttl_ms:
-            raise ValueError(
+            yield (
                 f"worker.session_ttl_ms ({worker.session_ttl_ms}) must be at least three times "
                 f"worker.heartbeat_ms ({worker.heartbeat_ms}), or one late heartbeat ends a session"
             )
-        return self
 
     @property
     def run_dir(self) -> Path:

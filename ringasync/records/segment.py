@@ -82,7 +82,7 @@ def encode_segment(segment: Segment) -> bytes:
 
 
 def decode_segment(payload: bytes) -> Segment:
-    """Parse one list element. Raises ``SchemaError`` on anything that is not a whole, sane segment."""
+    """Parse one list element. Raises ``SchemaError`` unless it is a whole, sane segment."""
     try:
         fields: Any = msgpack.unpackb(payload, strict_map_key=True)
     except (ValueError, msgpack.UnpackException, RecursionError) as error:

@@ -67,7 +67,7 @@ class Account(StrEnum):
 
 
 LIVE_ACCOUNTS = (Account.OPEN, Account.FINISHED, Account.GRADED, Account.TAKEN)
-"""Accounts that ``audit`` recomputes from the records; the others are counters of what has left Redis."""
+"""Accounts that ``audit`` recomputes from the records; the others count what has left Redis."""
 
 
 class FinishReason(StrEnum):

@@ -114,5 +114,5 @@ class Engine(Protocol):
         ...
 
     async def read_back(self) -> dict[str, str]:
-        """Digest (xxh3_128 hex of contiguous little-endian bytes) of each live parameter by HF name."""
+        """Digest of each live parameter by HF name: xxh3_128 hex of its little-endian bytes."""
         ...

@@ -1,0 +1,74 @@
+# Two commands: `make demo` trains on this machine's CPU, `make test` checks everything.
+# Both make .venv on first use and install again only when pyproject.toml or constraints.txt change.
+#
+#   PYTHON=python3.12        another interpreter (3.11 to 3.13)
+#   TORCH_FLAGS="..."        more pip flags for torch alone, e.g. to name an index of CPU builds
+#   ARGS="--set run.seed=1"  more arguments for `ringasync up`, pytest or the benchmarks
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+TORCH := torch==2.13.0
+SOURCES := ringasync workers learner
+TORCH_FLAGS ?=
+ARGS ?=
+
+# A name on PATH is not enough: version managers leave names there that only print an error.
+find_python = for p in $(PYTHON) python3.13 python3.12 python3.11 python3; do \
+	if $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; \
+	then echo $$p; exit 0; fi; done; \
+	echo "ringasync needs Python 3.11 to 3.13; none found on PATH (set PYTHON=...)" >&2; exit 1
+
+.PHONY: help demo install install-dev test lint format types bench clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 14
+
+demo: install ## train a small model on this machine's CPU; run again to resume
+	$(BIN)/ringasync up configs/demo.toml $(ARGS)
+
+install: $(VENV)/.installed-cpu ## everything a CPU run needs, in .venv
+install-dev: $(VENV)/.installed-dev ## the same, with the tools of the tests
+
+test: lint types ## lint, types and all tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: install-dev ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: install-dev ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: install-dev ## mypy, strict
+	$(BIN)/mypy $(SOURCES) tests
+
+bench: install-dev ## measure; results belong into docs/results/
+	$(BIN)/python -m benchmarks $(ARGS)
+
+clean: ## remove .venv and caches, not runs/
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist ./*.egg-info
+	find . -name __pycache__ -type d -not -path './runs/*' -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@python=$$($(find_python)) && echo "making $(VENV) with $$($$python --version)" && \
+	$$python -m venv $(VENV)
+
+# First and by itself: the build of torch (CPU or CUDA) is a choice that the rest must not change.
+$(VENV)/.installed-torch: constraints.txt | $(BIN)/python
+	$(PIP) install $(TORCH_FLAGS) -c constraints.txt "$(TORCH)"
+	@touch $@
+
+$(VENV)/.installed-cpu: pyproject.toml constraints.txt $(VENV)/.installed-torch
+	$(PIP) install -c constraints.txt -e ".[cpu]"
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt $(VENV)/.installed-cpu
+	$(PIP) install -c constraints.txt -e ".[cpu,dev]"
+	@touch $@

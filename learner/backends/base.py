@@ -1,0 +1,84 @@
+"""What a train engine must do. One process here; ranks of a sharded engine fit the same calls.
+
+Every call is made by one thread at a time. With several ranks each rank makes the same calls with
+the same arguments (a batch is a pure function of the journal record); ``state_dict`` may then hold
+sharded tensors, and ``save_hf`` writes from rank 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from learner.algorithms.metrics import TokenStats
+from learner.batch import TrainBatch
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredSequence:
+    """Tokens whose log-probs are wanted, given ``prompt_ids`` (at least one id)."""
+
+    prompt_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepResult:
+    """What one batch did. ``loss`` and ``grad_norm`` are of the first update of the batch.
+
+    ``loss`` is the exact sum over the batch divided by the normaliser; ``grad_norm`` is before
+    clipping; ``lr`` is that of the last update. ``tokens`` has one entry for each trained token.
+    """
+
+    loss: float
+    grad_norm: float
+    lr: float
+    updates: int
+    tokens: TokenStats
+
+
+class Backend(Protocol):
+    """A train engine: the policy, its optimizer and its learning-rate schedule."""
+
+    def train_batch(self, batch: TrainBatch) -> StepResult:
+        """Run all updates of one batch.
+
+        The loss is exactly sum / normaliser of the whole batch however it is split. Raises
+        ``NonFiniteLogprobError`` (it names the rollout) or ``TrainingError`` before the optimizer
+        changes anything.
+        """
+        ...
+
+    def logprobs(
+        self, sequences: Sequence[ScoredSequence], *, temperature: float
+    ) -> list[npt.NDArray[np.float32]]:
+        """Log-probs float32 [T] of each sequence's ``token_ids`` under the present weights."""
+        ...
+
+    def sample(self, num_sequences: int, num_tokens: int, seed: int) -> list[ScoredSequence]:
+        """Draw sequences from the policy at T = 1, for a canary before any batch exists.
+
+        Changes no state: the same ``seed`` under the same weights gives the same tokens.
+        """
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All state by flat name: ``model.*``, ``optim.*``, ``train.updates``, ``rng.*``.
+
+        Tensors may alias live state: copy or write them before the next call.
+        """
+        ...
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore what ``state_dict`` gave, bit for bit. Raises ``CheckpointError``."""
+        ...
+
+    def save_hf(self, directory: Path) -> None:
+        """Write the policy as an HF-format folder: ``config.json``, ``model.safetensors``."""
+        ...

@@ -1,0 +1,298 @@
+"""The plain torch train engine: one process, AdamW, fp32 master weights."""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from learner.algorithms.metrics import TokenStats, concatenate
+from learner.algorithms.mismatch import MismatchWeights, log_mismatch_ratio, make_mismatch
+from learner.algorithms.policy_loss import policy_loss
+from learner.backends.base import ScoredSequence, StepResult
+from learner.backends.collate import MicroBatch, collate, pad_rows, plan_microbatches
+from learner.backends.torch_state import export_state, import_state
+from learner.batch import TrainBatch
+from ringasync.config.schema import LearnerConfig, LossConfig
+from ringasync.errors import NonFiniteLogprobError, TrainingError
+
+_ENTROPY_MAX_VOCAB = 8192
+"""Above this vocabulary the entropy would cost another array of the logits' size."""
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "added_tokens.json",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TorchSettings:
+    """What the backend takes from the configuration.
+
+    ``temperature`` is the sampling temperature, applied to the logits of every training log-prob.
+    ``dtype`` is the dtype of forward passes and of published weights; the master stays fp32.
+    """
+
+    learner: LearnerConfig
+    loss: LossConfig
+    temperature: float = 1.0
+    dtype: torch.dtype = torch.float32
+    seed: int = 0
+
+
+def warmup_lr(peak: float, warmup_steps: int, updates_done: int) -> float:
+    """Learning rate of the next update: linear warm-up, then constant; 0 stays 0."""
+    if warmup_steps <= 0:
+        return peak
+    return peak * min(1.0, (updates_done + 1) / warmup_steps)
+
+
+class TorchBackend:
+    """``Backend`` on a Hugging Face causal LM in this process."""
+
+    def __init__(self, model: nn.Module, settings: TorchSettings, source: str = "") -> None:
+        """Take a loaded ``model``; ``source`` is the folder its tokenizer files are copied from."""
+        self._settings = settings
+        self._source = source
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._model = model.to(device=self._device, dtype=torch.float32)
+        self._model.eval()  # dropout would falsify log-probs; gradients flow all the same
+        named = [(n, p) for n, p in self._model.named_parameters() if p.requires_grad]
+        self._params = [parameter for _, parameter in named]
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in self._params if p.ndim >= 2]},
+            {"params": [p for p in self._params if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        self._optimizer = torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=settings.learner.lr,
+            betas=settings.learner.betas,
+            weight_decay=settings.learner.weight_decay,
+        )
+        self._updates = 0
+        self._mismatch: MismatchWeights = make_mismatch(
+            settings.loss.mismatch,
+            mask_low=settings.loss.mask_low,
+            mask_high=settings.loss.mask_high,
+            tis_cap=settings.loss.tis_cap,
+            kpop_phi=settings.loss.kpop_phi,
+        )
+        self._can_keep_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    @classmethod
+    def from_pretrained(cls, path: str, settings: TorchSettings) -> TorchBackend:
+        """Load any HF causal LM folder or hub name. Raises ``TrainingError`` when it cannot be."""
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()  # logs are lines, not bars
+        torch.manual_seed(settings.seed)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        except (OSError, ValueError) as error:
+            raise TrainingError(
+                f"cannot load model {path!r}: {error}. Give model.path a folder with config.json "
+                "and model.safetensors, or a hub name that this machine can reach"
+            ) from error
+        return cls(model, settings, source=path)
+
+    @property
+    def model(self) -> nn.Module:
+        """The live module."""
+        return self._model
+
+    @property
+    def updates(self) -> int:
+        """Optimizer updates so far."""
+        return self._updates
+
+    def train_batch(self, batch: TrainBatch) -> StepResult:
+        """See ``Backend.train_batch``. One update needs no proximal pass: theta_old is the present
+        forward, detached; with more, log-probs are taken once before the first update."""
+        learner, loss = self._settings.learner, self._settings.loss
+        micro_batches = [
+            micro.to(self._device)
+            for micro in collate(
+                batch, microbatch_tokens=learner.microbatch_tokens, normalizer=loss.normalizer
+            )
+        ]
+        proximal: list[Tensor] | None = None
+        if learner.updates_per_batch > 1:
+            with torch.no_grad():
+                proximal = [self._token_logprobs(micro)[0] for micro in micro_batches]
+        results = [self._update(micro_batches, proximal) for _ in range(learner.updates_per_batch)]
+        first, last = results[0], results[-1]
+        return StepResult(first.loss, first.grad_norm, last.lr, len(results), last.tokens)
+
+    def _update(
+        self, micro_batches: Sequence[MicroBatch], proximal: Sequence[Tensor] | None
+    ) -> StepResult:
+        learner, loss_config = self._settings.learner, self._settings.loss
+        self._optimizer.zero_grad(set_to_none=True)
+        total, stats = 0.0, []
+        for index, micro in enumerate(micro_batches):
+            policy, entropy = self._token_logprobs(micro)
+            anchor = policy.detach() if proximal is None else proximal[index]
+            mask = torch.ones_like(micro.targets, dtype=torch.bool)
+            weights = self._mismatch.weights(anchor, micro.behavior_logprobs, mask)
+            result = policy_loss(
+                policy_logprobs=policy,
+                proximal_logprobs=anchor,
+                advantages=micro.advantages,
+                weights=weights,
+                inverse_denominators=micro.inverse_denominators,
+                mask=mask,
+                clip_low=loss_config.clip_low,
+                clip_high=loss_config.clip_high,
+            )
+            result.loss.backward()  # type: ignore[no-untyped-call]
+            total += float(result.loss.detach())
+            stats.append(
+                TokenStats(
+                    _array(log_mismatch_ratio(anchor, micro.behavior_logprobs, mask)),
+                    _array(weights),
+                    micro.ages.cpu().numpy(),
+                    result.clipped.cpu().numpy(),
+                    _array(entropy),
+                )
+            )
+        grad_norm = self._clip_gradients()
+        lr = warmup_lr(learner.lr, learner.warmup_steps, self._updates)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._updates += 1
+        return StepResult(total, grad_norm, lr, 1, concatenate(stats))
+
+    def _clip_gradients(self) -> float:
+        norm = float(nn.utils.clip_grad_norm_(self._params, self._settings.learner.grad_clip))
+        if not np.isfinite(norm):
+            self._optimizer.zero_grad(set_to_none=True)
+            raise TrainingError(
+                f"gradient norm is {norm}: the step was not made. Lower learner.lr, or look for a "
+                "damaged model with `ringasync audit` and the last checkpoint"
+            )
+        return norm
+
+    def _token_logprobs(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Log-probs fp32 [N] (with gradient when enabled) and entropy [N] of the trained tokens.
+
+        Raises ``NonFiniteLogprobError`` when a log-prob is NaN or infinite.
+        """
+        logits = self._logits(micro.input_ids, micro.rows, micro.columns)
+        logits = logits / self._settings.temperature
+        logprobs = _gather_logprobs(logits, micro.targets)
+        bad = ~torch.isfinite(logprobs.detach())
+        if bool(bad.any()):
+            row = int(micro.rows[bad][0])
+            self._optimizer.zero_grad(set_to_none=True)
+            raise NonFiniteLogprobError(
+                f"the train engine gave a non-finite log-prob at {int(bad.sum())} trained tokens, "
+                f"the first in rollout {micro.owners[row]}; the optimizer step was not made"
+            )
+        with torch.no_grad():
+            if logits.shape[-1] > _ENTROPY_MAX_VOCAB:
+                return logprobs, torch.full_like(logprobs, float("nan"))
+            distribution = logits.log_softmax(-1)
+            return logprobs, -(distribution.exp() * distribution).sum(-1)
+
+    def _logits(self, input_ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """Logits fp32 [N, vocab] at the given places; columns outside them are not computed."""
+        extra: dict[str, Any] = {}
+        first = 0
+        if self._can_keep_logits:
+            first = int(columns.min())
+            last = int(columns.max())
+            extra["logits_to_keep"] = torch.arange(first, last + 1, device=input_ids.device)
+        low_precision = self._settings.dtype != torch.float32
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=low_precision):
+            output = self._model(input_ids=input_ids, use_cache=False, **extra)
+        logits: Tensor = output.logits
+        return logits[rows, columns - first].float()
+
+    def logprobs(
+        self, sequences: Sequence[ScoredSequence], *, temperature: float
+    ) -> list[npt.NDArray[np.float32]]:
+        """See ``Backend.logprobs``."""
+        results = [np.zeros(0, np.float32) for _ in sequences]
+        wanted = [index for index, one in enumerate(sequences) if one.token_ids]
+        sizes = [len(sequences[i].prompt_ids) + len(sequences[i].token_ids) for i in wanted]
+        for chosen in plan_microbatches(sizes, self._settings.learner.microbatch_tokens):
+            places = [wanted[index] for index in chosen]
+            scored = self._score([sequences[place] for place in places], temperature)
+            for place, values in zip(places, scored, strict=True):
+                results[place] = values
+        return results
+
+    @torch.no_grad()
+    def _score(
+        self, sequences: Sequence[ScoredSequence], temperature: float
+    ) -> list[npt.NDArray[np.float32]]:
+        counts = [len(one.token_ids) for one in sequences]
+        rows = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+        columns = torch.cat(
+            [torch.arange(len(s.token_ids)) + len(s.prompt_ids) - 1 for s in sequences]
+        )
+        targets = torch.tensor([token for one in sequences for token in one.token_ids])
+        ids = pad_rows([one.prompt_ids + one.token_ids for one in sequences])
+        logits = self._logits(ids.to(self._device), rows.to(self._device), columns.to(self._device))
+        values = _gather_logprobs(logits / temperature, targets.to(self._device))
+        return [part.cpu().numpy() for part in torch.split(values, counts)]
+
+    @torch.no_grad()
+    def sample(self, num_sequences: int, num_tokens: int, seed: int) -> list[ScoredSequence]:
+        """See ``Backend.sample``: a random first token, then the policy's own at T = 1."""
+        generator = torch.Generator(device="cpu").manual_seed(seed)
+        vocab = int(self._model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+        ids = torch.randint(0, vocab, (num_sequences, 1), generator=generator)
+        rows = torch.arange(num_sequences)
+        for length in range(1, num_tokens + 1):
+            logits = self._logits(ids.to(self._device), rows, torch.full_like(rows, length - 1))
+            chosen = torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator)
+            ids = torch.cat([ids, chosen], dim=1)
+        return [ScoredSequence((int(row[0]),), tuple(row[1:].tolist())) for row in ids]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """See ``Backend.state_dict``."""
+        return export_state(self._model, self._optimizer, self._updates)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """See ``Backend.load_state_dict``."""
+        self._updates = import_state(self._model, self._optimizer, state)
+
+    def save_hf(self, directory: Path) -> None:
+        """See ``Backend.save_hf``; tokenizer files are copied from the starting model's folder."""
+        weights = {
+            name: tensor.detach().to(dtype=self._settings.dtype, device="cpu").contiguous()
+            for name, tensor in self._model.state_dict().items()
+        }
+        self._model.save_pretrained(directory, state_dict=weights)  # type: ignore[operator]
+        source = Path(self._source)
+        if self._source and source.is_dir():
+            for name in _TOKENIZER_FILES:
+                if (source / name).is_file():
+                    shutil.copyfile(source / name, directory / name)
+
+
+def _gather_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
+    """log softmax(logits [N, vocab]) at targets [N], without keeping the whole distribution."""
+    chosen: Tensor = logits.gather(-1, targets[:, None]).squeeze(-1)
+    return chosen - torch.logsumexp(logits, dim=-1)
+
+
+def _array(values: Tensor) -> npt.NDArray[np.float64]:
+    return values.detach().double().cpu().numpy()

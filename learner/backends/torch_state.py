@@ -1,0 +1,92 @@
+"""A torch model and its AdamW as one flat dictionary of tensors, and back, bit for bit."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ringasync.errors import CheckpointError
+
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+def export_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, updates: int
+) -> dict[str, Tensor]:
+    """Names: ``model.X``, ``optim.X.{step,exp_avg,exp_avg_sq}``, ``train.updates``, ``rng.*``.
+
+    Tied weights appear once. The learning-rate schedule is a function of ``train.updates``.
+    """
+    state: dict[str, Tensor] = {}
+    for name, tensor in _model_tensors(model).items():
+        state[f"model.{name}"] = tensor.detach()
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            state[f"optim.{name}.{key}"] = torch.as_tensor(value).detach()
+    state["train.updates"] = torch.tensor(updates, dtype=torch.int64)
+    state["rng.torch"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        state["rng.cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def import_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Tensor]
+) -> int:
+    """Restore ``export_state``; returns the updates done. Nothing is changed when it raises.
+
+    Raises: ``CheckpointError`` when names or shapes are not this model's.
+    """
+    tensors = _checked(model, state)
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            tensor.copy_(state[f"model.{name}"])
+    _import_moments(model, optimizer, state)
+    if "rng.torch" in state:
+        torch.set_rng_state(state["rng.torch"])
+    if "rng.cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["rng.cuda"])
+    return int(state["train.updates"])
+
+
+def _checked(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    tensors = _model_tensors(model)
+    saved = {name[6:]: value for name, value in state.items() if name.startswith("model.")}
+    if saved.keys() != tensors.keys():
+        odd = sorted(saved.keys() ^ tensors.keys())[:3]
+        raise CheckpointError(f"the checkpoint is of another model: tensors {odd} do not match")
+    for name, tensor in tensors.items():
+        if saved[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"the checkpoint is of another model: {name} has shape "
+                f"{tuple(saved[name].shape)}, the model {tuple(tensor.shape)}"
+            )
+    if "train.updates" not in state:
+        raise CheckpointError("the checkpoint does not say how many updates were made")
+    return tensors
+
+
+def _import_moments(
+    model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Tensor]
+) -> None:
+    for name, parameter in model.named_parameters():
+        optimizer.state.pop(parameter, None)
+        moments = {
+            key: state[f"optim.{name}.{key}"].clone()
+            for key in _MOMENTS
+            if f"optim.{name}.{key}" in state
+        }
+        if moments:
+            for key in ("exp_avg", "exp_avg_sq"):
+                moments[key] = moments[key].to(parameter.device)
+            optimizer.state[parameter] = moments
+
+
+def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters (tied ones once) and persistent buffers by name."""
+    tensors: dict[str, Tensor] = dict(model.named_parameters())
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name not in parameters:
+            tensors[name] = tensor
+    return tensors

@@ -1,0 +1,235 @@
+"""The learner's journal: what it took from Redis, durable before Redis forgets it.
+
+An append-only chain of msgpack records (see ``journal_files`` for the bytes). ``append`` returns
+after fsync. A torn tail is cut when the journal is opened; other damage is a ``JournalError``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Self
+
+import msgpack
+
+from learner.journal_files import (
+    Frame,
+    JournalFile,
+    decode_frame,
+    encode_frame,
+    file_name,
+    list_files,
+    read_frames,
+    sync_directory,
+)
+from learner.record import BatchRecord, pack_record, unpack_record
+from ringasync import SCHEMA_VERSION
+from ringasync.errors import FencedError, JournalError
+
+DEFAULT_FILE_BYTES = 64 << 20
+_MARKER_BYTES = 4096
+"""A marker frame is far smaller."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Where one batch is in the journal. ``end`` is what a checkpoint stores."""
+
+    batch_id: str
+    step: int
+    offset: int
+    end: int
+    policy_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Link:
+    """One life of the chain: its files hold the chain from ``base`` to the next life's base."""
+
+    life: int
+    base: int
+
+
+class Journal:
+    """An open journal; only the newest life may append.
+
+    ``entries`` indexes every batch of the chain, oldest first.
+    """
+
+    def __init__(
+        self, directory: Path, run: str, life: int, chain: _Chain, file_bytes: int
+    ) -> None:
+        self._directory = directory
+        self._run = run
+        self.life = life
+        self._links = chain.links
+        self.entries = chain.entries
+        self._end = chain.end
+        self._file_bytes = file_bytes
+        self._file: BinaryIO | None = None
+        self._file_base = 0
+
+    @classmethod
+    def open(
+        cls, directory: Path, run: str, *, fence: int, file_bytes: int = DEFAULT_FILE_BYTES
+    ) -> Self:
+        """Check the whole chain, cut its torn tail and begin a new life.
+
+        Call it while holding the learner's lock. Raises ``JournalError`` when the chain is damaged
+        before its tail, belongs to another run or cannot be written.
+        """
+        directory.mkdir(parents=True, exist_ok=True)
+        chain = scan(directory, run)
+        life = max((file.life for file in list_files(directory)), default=0) + 1
+        journal = cls(directory, run, life, chain, file_bytes)
+        journal._links = [*chain.links, _Link(life, chain.end)]
+        journal._begin_file(fence)
+        return journal
+
+    @property
+    def end(self) -> int:
+        """Offset one past the last record."""
+        return self._end
+
+    def append(self, record: BatchRecord) -> Entry:
+        """Write a record and fsync it.
+
+        Raises ``FencedError`` when a newer life has begun (nothing is written), ``JournalError``
+        when the disk refuses; what was half written is cut off.
+        """
+        if max(file.life for file in list_files(self._directory)) > self.life:
+            raise FencedError("another learner has opened this run's journal: this one stops")
+        if self._end - self._file_base > self._file_bytes:
+            self._begin_file(record.fence)
+        fields = {"kind": "batch", **pack_record(record)}
+        offset = self._write(fields)
+        entry = Entry(record.batch_id, record.step, offset, self._end, record.policy_version)
+        self.entries.append(entry)
+        return entry
+
+    def read(self, offset: int = 0) -> Iterator[tuple[Entry, BatchRecord]]:
+        """Records that begin at ``offset`` or later, in order."""
+        for frame in _frames(self._directory, offset):
+            fields = _fields(frame)
+            if fields.get("kind") == "batch":
+                yield _entry(frame, fields), unpack_record(fields)
+
+    def covers(self, life: int, offset: int) -> bool:
+        """Whether ``offset``, as reached by ``life``, lies on the present chain.
+
+        False for what a replaced learner wrote after its successor had begun.
+        """
+        return offset <= self._end and all(
+            link.base >= offset for link in self._links if link.life > life
+        )
+
+    def close(self) -> None:
+        """Close the file; everything is on disk already."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _begin_file(self, fence: int) -> None:
+        self.close()
+        path = self._directory / file_name(self.life, self._end)
+        try:
+            self._file = path.open("xb")
+        except FileExistsError as error:
+            raise FencedError(f"{path} exists: another learner opened this journal") from error
+        except OSError as error:
+            raise JournalError(f"cannot create {path}: {error}") from error
+        self._file_base = self._end
+        self._write({"kind": "marker", "schema": SCHEMA_VERSION, "run": self._run, "fence": fence})
+        sync_directory(self._directory)
+
+    def _write(self, fields: dict[str, Any]) -> int:
+        file = self._file
+        if file is None:
+            raise JournalError("the journal is closed")
+        start = self._end - self._file_base
+        data = encode_frame(bytes(msgpack.packb(fields)))
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError as error:
+            os.ftruncate(file.fileno(), start)
+            raise JournalError(
+                f"cannot write the journal in {self._directory}: {error}. Free disk space and "
+                "start the learner again: it goes on from here"
+            ) from error
+        offset = self._end
+        self._end += len(data)
+        return offset
+
+
+@dataclass(slots=True)
+class _Chain:
+    links: list[_Link]
+    entries: list[Entry]
+    end: int
+
+
+def scan(directory: Path, run: str) -> _Chain:
+    """Walk the whole chain. Raises ``JournalError`` on damage before the tail or another run."""
+    chain = _Chain([], [], 0)
+    for file, limit in _chain_files(directory):
+        if not chain.links or chain.links[-1].life != file.life:
+            chain.links.append(_Link(file.life, file.base))
+        if file.base != chain.end:
+            raise JournalError(f"{file.path} begins at {file.base}, expected {chain.end}")
+        for frame in read_frames(file, limit, file.base):
+            fields = _fields(frame)
+            if fields.get("kind") == "batch":
+                chain.entries.append(_entry(frame, fields))
+            elif fields.get("run") != run:
+                raise JournalError(
+                    f"{file.path} belongs to run {fields.get('run')!r}, not to {run!r}"
+                )
+            chain.end = frame.end
+    return chain
+
+
+def _chain_files(directory: Path) -> list[tuple[JournalFile, int | None]]:
+    """Files of the chain with the offset at which the next takes over; without those whose first
+    frame, the marker, was never completed."""
+    files = [file for file in list_files(directory) if _has_marker(file)]
+    limits: list[int | None] = [file.base for file in files[1:]]
+    return list(zip(files, [*limits, None], strict=True)) if files else []
+
+
+def _has_marker(file: JournalFile) -> bool:
+    with file.path.open("rb") as opened:
+        return decode_frame(opened.read(_MARKER_BYTES), 0) is not None
+
+
+def _frames(directory: Path, offset: int) -> Iterator[Frame]:
+    for file, limit in _chain_files(directory):
+        if limit is None or limit > offset:
+            yield from read_frames(file, limit, max(offset, file.base))
+
+
+def _fields(frame: Frame) -> dict[str, Any]:
+    try:
+        fields = msgpack.unpackb(frame.payload, strict_map_key=False)
+    except (ValueError, msgpack.UnpackException) as error:
+        raise JournalError(f"journal record at {frame.offset} is not msgpack: {error}") from error
+    if not isinstance(fields, dict) or fields.get("schema") != SCHEMA_VERSION:
+        found = fields.get("schema") if isinstance(fields, dict) else type(fields).__name__
+        raise JournalError(
+            f"journal record at {frame.offset} has schema {found!r}, "
+            f"this build reads {SCHEMA_VERSION}"
+        )
+    return fields
+
+
+def _entry(frame: Frame, fields: dict[str, Any]) -> Entry:
+    return Entry(
+        str(fields["batch_id"]),
+        int(fields["step"]),
+        frame.offset,
+        frame.end,
+        int(fields["policy_version"]),
+    )

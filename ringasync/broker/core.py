@@ -1,0 +1,190 @@
+"""The base of the broker client: the connection, the scripts and how their refusals are raised."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+from collections.abc import Awaitable, Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, Final, NoReturn, Self, cast
+
+import redis.asyncio as aredis
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import NoScriptError, ResponseError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from ringasync.broker import connection
+from ringasync.broker.keys import Keys
+from ringasync.broker.types import Fence
+from ringasync.errors import (
+    BrokerRefusedError,
+    FencedError,
+    InvariantError,
+    JoinRefusedError,
+    LockHeldError,
+    RingError,
+    SessionLostError,
+    WeightError,
+)
+
+_SCRIPTS: Final = Path(__file__).with_name("scripts")
+Arg = str | bytes | int
+
+
+@cache
+def script_source(name: str, simulated: bool) -> bytes:
+    """Lua text of one script: clock mode, prelude, group helpers if it uses them, body."""
+    body = (_SCRIPTS / f"{name}.lua").read_bytes()
+    parts = [f"local SIMULATED = {'true' if simulated else 'false'}\n".encode()]
+    parts.append((_SCRIPTS / "_prelude.lua").read_bytes())
+    if body.startswith(b"-- uses: groups"):
+        parts.append((_SCRIPTS / "_groups.lua").read_bytes())
+    return b"".join([*parts, body])
+
+
+@cache
+def _digest(name: str, simulated: bool) -> str:
+    return hashlib.sha1(script_source(name, simulated), usedforsecurity=False).hexdigest()
+
+
+def text(value: Any) -> str:
+    """A reply element as text."""
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+
+
+def pairs(reply: Any) -> dict[str, str]:
+    """An HGETALL reply, as a map or a flat list, as a dictionary of text."""
+    items = reply.items() if isinstance(reply, dict) else zip(reply[::2], reply[1::2], strict=True)
+    return {text(key): text(value) for key, value in items}
+
+
+class BrokerCore:
+    """One connection pool to the broker of one run, bound to the run's keys."""
+
+    def __init__(
+        self, client: aredis.Redis, run: str, url: str, budget_s: float, simulated_clock: bool
+    ) -> None:
+        self._client = client
+        self._where = connection.redacted(url)
+        self._budget_s = budget_s
+        self._simulated = simulated_clock
+        self._seed = ""
+        self._accepted_seen = 0
+        self.run = run
+        self.keys = Keys(run)
+
+    @classmethod
+    async def connect(
+        cls,
+        url: str,
+        run: str,
+        *,
+        password: str | None = None,
+        connect_timeout_s: float = 5.0,
+        retry_budget_s: float = 60.0,
+        simulated_clock: bool = False,
+    ) -> Self:
+        """Connect and check that this Redis may be used; see ``connection.open_client``."""
+        Keys(run)
+        client = await connection.open_client(
+            url,
+            password=password,
+            connect_timeout_s=connect_timeout_s,
+            retry_budget_s=retry_budget_s,
+        )
+        return cls(client, run, url, retry_budget_s, simulated_clock)
+
+    async def close(self) -> None:
+        """Close the connections; the run stays as it is."""
+        await self._client.aclose()
+
+    @property
+    def client(self) -> aredis.Redis:
+        """The redis-py client, for tools and tests that read keys by hand."""
+        return self._client
+
+    async def _script(self, name: str, *args: Arg) -> Any:
+        """Run one script atomically and raise its refusal, if any."""
+        digest = _digest(name, self._simulated)
+        call: list[Any] = ["EVALSHA", digest, 1, self.keys.prefix, *args]
+        try:
+            try:
+                reply = await self._execute(*call)
+            except NoScriptError:
+                await self._client.script_load(
+                    cast(str, script_source(name, self._simulated))  # bytes are taken as they are
+                )
+                reply = await self._execute(*call)
+        except (RedisConnectionError, RedisTimeoutError, OSError) as error:
+            raise connection.unreachable(self._where, self._budget_s, error) from error
+        except ResponseError as error:
+            raise InvariantError(f"broker script {name} failed: {error}") from error
+        first = reply[0] if isinstance(reply, list) and reply else None
+        if isinstance(first, bytes) and first.startswith(b"!"):
+            self._refuse(name, [text(part) for part in reply])
+        return reply
+
+    def _refuse(self, script: str, reply: Sequence[str]) -> NoReturn:
+        code, rest = reply[0], list(reply[1:])
+        if code == "!FENCED":
+            role, token, owner = rest
+            holder = f"{owner} holds token {token}" if owner else "nobody holds it"
+            raise FencedError(f"{script}: this process lost the role {role!r}: {holder}")
+        if code == "!NOSESSION":
+            raise SessionLostError(f"{script}: session {rest[0]} has ended: open a new one")
+        if code == "!NORUN":
+            raise RingError(
+                f"run {self.run!r} does not exist at {self._where}: start its coordinator first"
+            )
+        if code == "!WEIGHT":
+            raise WeightError(rest[0])
+        if code == "!HELD":
+            raise LockHeldError(rest[0], rest[1], int(rest[2]))
+        if code == "!JOIN":
+            raise JoinRefusedError(join_refusal(self.run, *rest))
+        if code == "!DUPLICATE":
+            raise InvariantError(f"{script}: group {rest[0]} was fed before")
+        if code == "!REDIS":
+            raise BrokerRefusedError(f"{script}: Redis at {self._where} refuses writes: {rest[0]}")
+        raise InvariantError(f"{script}: {' '.join(rest)}")
+
+    async def _read(self, command: Awaitable[Any]) -> Any:
+        """Await a plain read, with the same errors as a script."""
+        try:
+            return await command
+        except (RedisConnectionError, RedisTimeoutError, OSError) as error:
+            raise connection.unreachable(self._where, self._budget_s, error) from error
+
+    async def _hash(self, key: str) -> dict[str, str]:
+        return pairs(await self._read(self._client.hgetall(key)))
+
+    async def _execute(self, *command: Any) -> Any:
+        execute: Callable[..., Awaitable[Any]] = self._client.execute_command
+        return await execute(*command)
+
+
+def join_refusal(run: str, what: str, theirs: str, ours: str) -> str:
+    """Why a role may not join, with both versions and the remedy."""
+    remedy = (
+        "use the same build of ringasync as the coordinator"
+        if what == "schema"
+        else "use the configuration the run was started with, or another run.name"
+    )
+    return f"run {run!r} has {what} {theirs}, this process has {ours}: {remedy}"
+
+
+def fence_args(fence: Fence) -> tuple[str, str]:
+    """The two arguments every fenced script begins with."""
+    return fence.role, str(fence.token)
+
+
+def new_nonce() -> str:
+    """Eight random bytes: makes lease tokens unique even after Redis lost its tail."""
+    return secrets.token_hex(8)
+
+
+def compact(value: Any) -> str:
+    """JSON without spaces."""
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)

@@ -1,0 +1,16 @@
+-- sid, version, why. How many distinct workers failed this version; two block publication.
+local who = call('HGET', P .. 'session:' .. ARGV[1], 'worker') or ARGV[1]
+free()
+call('HSET', P .. 'bad:' .. ARGV[2], who, ARGV[3])
+call('EXPIRE', P .. 'bad:' .. ARGV[2], 24 * KEEP_S)
+local count = call('HLEN', P .. 'bad:' .. ARGV[2])
+if count >= 2 then
+  local bad, known = call('HGET', P .. 'meta', 'bad_versions') or '', false
+  for version in string.gmatch(bad, '%d+') do known = known or version == ARGV[2] end
+  if not known then
+    bad = bad == '' and ARGV[2] or (bad .. ',' .. ARGV[2])
+    call('HSET', P .. 'meta', 'bad_versions', bad, 'publication_blocked',
+      'version ' .. ARGV[2] .. ' failed on ' .. count .. ' workers; the last: ' .. who .. ': ' .. ARGV[3])
+  end
+end
+return count

@@ -1,0 +1,2 @@
+-- The broker's clock in milliseconds.
+return now()

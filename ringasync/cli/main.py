@@ -1,0 +1,62 @@
+"""The ``ringasync`` command."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from ringasync import __version__
+from ringasync.cli import manage, roles, tools
+from ringasync.cli.config_command import config
+from ringasync.errors import RingError
+
+EXIT_CODES = """Exit codes: 0 done; 1 not done, or accounts out of balance (audit); 2 configuration or
+command line; 3 surroundings: Redis unreachable or refused, another schema or configuration; 4 another
+process has the role; 5 lost the right to act; 6 inference engine; 7 training, journal or checkpoint;
+70 a bug; 130 stopped by a signal before the end; 128+N a role was killed by signal N."""
+
+app = typer.Typer(
+    help="Train a language model by reinforcement learning while it is generating.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"ringasync {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Version.")
+    ] = False,
+) -> None:
+    del version
+
+
+for _command in (roles.up, roles.coordinator, roles.worker, roles.learner, roles.grader):
+    app.command(rich_help_panel="Run", epilog=EXIT_CODES)(_command)
+app.command(rich_help_panel="Run", epilog=EXIT_CODES)(roles.redis)
+for _command in (tools.top, tools.inspect, tools.samples, tools.audit, tools.report):
+    app.command(rich_help_panel="Look", epilog=EXIT_CODES)(_command)
+for _command in (manage.pause, manage.resume, manage.rm, config):
+    app.command(rich_help_panel="Manage", epilog=EXIT_CODES)(_command)
+
+
+def main() -> None:
+    """Entry point: deliberate errors are one message and an exit code, bugs keep their traceback."""
+    try:
+        app()
+    except RingError as error:
+        print(f"ringasync: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

@@ -1,0 +1,113 @@
+"""Which run a tool is about, and a connection to its broker that fails fast and clearly."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ringasync.broker.client import Broker
+from ringasync.broker.embedded import EmbeddedRedis
+from ringasync.config.load import config_from_json, load_config
+from ringasync.config.schema import Config
+from ringasync.errors import ConfigError
+from ringasync.runtime.role import EMBEDDED_URL_FILE, read_embedded_url
+from ringasync.runtime.runfiles import claim, newest_run, read_record
+
+PATIENCE_S = 3.0
+"""How long a tool waits for Redis: a person is looking at the terminal."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A run to look at. ``redis_url`` empty: an embedded Redis in ``run_dir`` that is not up."""
+
+    name: str
+    run_dir: Path
+    redis_url: str
+
+
+def resolve_target(run: str, redis_url: str, runs_dir: Path) -> Target:
+    """Find the run by name, folder or TOML file; without any, the one started last.
+
+    Raises:
+        ConfigError: no such run is known here and no broker's address is given.
+    """
+    if run.endswith(".toml"):
+        config = load_config(Path(run))
+        return _target(config.run.name, config.run_dir, redis_url or _configured_url(config))
+    if run:
+        folder = Path(run) if Path(run).is_dir() and "/" in run else runs_dir / run
+        return _target(folder.name, folder, redis_url)
+    newest = newest_run(runs_dir)
+    if newest is None:
+        raise ConfigError(
+            f"no run in {runs_dir}/: start one with `ringasync up CONFIG`, or name it by --run "
+            "(and its broker by --redis-url when it runs on another machine)"
+        )
+    return _target(newest.name, newest, redis_url)
+
+
+def _configured_url(config: Config) -> str:
+    return "" if config.redis.url == "embedded" else config.redis.url
+
+
+def _target(name: str, run_dir: Path, redis_url: str) -> Target:
+    if redis_url:
+        return Target(name, run_dir, redis_url)
+    if (run_dir / EMBEDDED_URL_FILE).exists():
+        return Target(name, run_dir, read_embedded_url(run_dir))
+    if (run_dir / EMBEDDED_URL_FILE.parent).is_dir():
+        return Target(name, run_dir, "")
+    record = read_record(run_dir)
+    if record is None:
+        known = sorted(path.parent.name for path in run_dir.parent.glob("*/run.json"))
+        raise ConfigError(
+            f"no run {name!r} in {run_dir.parent}/ "
+            f"(there: {', '.join(known) or 'none'}); give its broker's address by --redis-url"
+        )
+    return Target(name, run_dir, record.redis_url)
+
+
+@asynccontextmanager
+async def broker_of(target: Target) -> AsyncIterator[Broker]:
+    """A client of the run's broker.
+
+    When the run is over and its embedded Redis with it, that Redis is started for the time of the
+    question, so that a finished run can still be looked at.
+
+    Raises:
+        BrokerUnreachableError: no answer within a few seconds.
+        ConfigError: Redis answers but knows no such run.
+    """
+    async with AsyncExitStack() as stack:
+        url = target.redis_url or await stack.enter_async_context(_reading(target))
+        broker = await Broker.connect(
+            url,
+            target.name,
+            password=os.environ.get("RINGASYNC_REDIS_PASSWORD"),
+            connect_timeout_s=PATIENCE_S,
+            retry_budget_s=PATIENCE_S,
+        )
+        stack.push_async_callback(broker.close)
+        if not await broker.run_meta():
+            raise ConfigError(f"the broker at {url} knows no run {target.name!r}")
+        yield broker
+
+
+@asynccontextmanager
+async def _reading(target: Target) -> AsyncIterator[str]:
+    with claim(target.run_dir):
+        redis = EmbeddedRedis(target.run_dir / EMBEDDED_URL_FILE.parent)
+        await redis.start()
+        try:
+            yield redis.url
+        finally:
+            await redis.stop()
+
+
+async def config_of(broker: Broker) -> Config:
+    """The configuration the run was started with, as stored with it."""
+    return config_from_json((await broker.run_meta())["config"])

@@ -1,0 +1,253 @@
+"""A pool of verifier processes: each verdict is a finite number or an error, in bounded time.
+
+A verifier may hang, fork, leak, write files, print or die. It does so in ``child``, a process
+under limits, which is killed with everything it started and replaced. An error is never a zero
+reward: the caller retries it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import os
+import signal
+import sys
+import time
+from asyncio.subprocess import PIPE, Process
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import msgpack
+import psutil
+
+from ringasync.errors import InvariantError, VerifierCrashError, VerifierError, VerifierTimeoutError
+from ringasync.rewards.child import MAX_FRAME_BYTES, pack_frame
+
+START_TIMEOUT_S = 60.0
+"""Longest start of a process, and longest import of a verifier's modules."""
+
+_CPU_GRACE_S = 2.0
+_EXIT_GRACE_S = 1.0
+
+
+@dataclass(slots=True)
+class PoolStats:
+    """What the pool did so far; times in seconds."""
+
+    verdicts: int = 0
+    errors: int = 0
+    starts: int = 0
+    kills: int = 0
+    start_s: float = 0.0
+    """Sum over ``starts``: from spawning to the first frame."""
+    verify_s: float = 0.0
+    """Sum over ``verdicts``: from sending the job to its verdict."""
+    verify_max_s: float = 0.0
+
+
+class VerifierPool:
+    """``processes`` persistent children, started when first needed and replaced when they fail."""
+
+    def __init__(
+        self,
+        processes: int,
+        timeout_s: float,
+        memory_bytes: int,
+        *,
+        start_timeout_s: float = START_TIMEOUT_S,
+    ) -> None:
+        self._timeout_s = timeout_s
+        self._memory_bytes = memory_bytes
+        self._start_timeout_s = start_timeout_s
+        self._slots: asyncio.LifoQueue[_Child | None] = asyncio.LifoQueue()
+        for _ in range(processes):
+            self._slots.put_nowait(None)
+        self._alive: set[_Child] = set()
+        self._closed = False
+        self.stats = PoolStats()
+
+    async def verify(self, task: Mapping[str, Any], response: str) -> float:
+        """Score one response; waits for a free process.
+
+        Raises ``VerifierTimeoutError`` at the time limit and ``VerifierCrashError`` when the
+        verifier raised, died, exceeded a limit or answered no finite number.
+        """
+        if self._closed:
+            raise VerifierCrashError("the pool of verifiers is closed")
+        child = await self._slots.get()
+        try:
+            if child is None or not child.running:
+                child = await self._replace(child)
+            began = time.monotonic()
+            try:
+                reward = await child.ask(task, response, self._timeout_s, self._start_timeout_s)
+            except _DiedBeforeJobError:  # most likely while idle: not this job's fault
+                child = await self._replace(child)
+                reward = await child.ask(task, response, self._timeout_s, self._start_timeout_s)
+        except VerifierError:
+            self.stats.errors += 1
+            if child is not None and not child.usable:
+                await self._kill(child)
+            raise
+        except BaseException:  # cancelled in the middle of a job: its answer must not be the next's
+            if child is not None:
+                await asyncio.shield(self._kill(child))
+            raise
+        finally:
+            self._slots.put_nowait(child)
+        elapsed_s = time.monotonic() - began
+        self.stats.verdicts += 1
+        self.stats.verify_s += elapsed_s
+        self.stats.verify_max_s = max(self.stats.verify_max_s, elapsed_s)
+        return reward
+
+    async def close(self) -> None:
+        """Kill every process. Verdicts still awaited fail with ``VerifierCrashError``."""
+        self._closed = True
+        await asyncio.gather(*(self._kill(child) for child in list(self._alive)))
+
+    async def _replace(self, child: _Child | None) -> _Child:
+        if child in self._alive:  # died while it was idle
+            await self._kill(child)
+        began = time.monotonic()
+        fresh = await _Child.start(self._memory_bytes)
+        self._alive.add(fresh)
+        try:
+            await fresh.greet(self._start_timeout_s)
+        except BaseException:
+            await asyncio.shield(self._kill(fresh))
+            raise
+        self.stats.starts += 1
+        self.stats.start_s += time.monotonic() - began
+        return fresh
+
+    async def _kill(self, child: _Child) -> None:
+        self._alive.discard(child)
+        self.stats.kills += 1
+        await child.kill()
+
+
+class _DiedBeforeJobError(VerifierCrashError):
+    """The process ended before it said that the verifier runs."""
+
+
+class _Child:
+    """One verifier process and its two pipes; used by one job at a time."""
+
+    def __init__(self, process: Process) -> None:
+        if process.stdin is None or process.stdout is None:
+            raise InvariantError("a verifier process was started without pipes")
+        self._process, self._stdin, self._stdout = process, process.stdin, process.stdout
+        self._last_id = 0
+        self.usable = True
+
+    @classmethod
+    async def start(cls, memory_bytes: int) -> _Child:
+        limits = json.dumps({"memory_bytes": memory_bytes, "parent_pid": os.getpid()})
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "ringasync.rewards.child",
+            limits,
+            stdin=PIPE,
+            stdout=PIPE,
+            env=_child_environment(),
+            start_new_session=True,
+        )
+        return cls(process)
+
+    @property
+    def running(self) -> bool:
+        return self.usable and self._process.returncode is None
+
+    async def greet(self, timeout_s: float) -> None:
+        """Wait for the first frame."""
+        frame = await self._receive(timeout_s, "did not start")
+        if frame.get("hello") != 1:
+            raise self._broken(f"verifier process greeted with {frame!r}")
+
+    async def ask(
+        self, task: Mapping[str, Any], response: str, timeout_s: float, import_timeout_s: float
+    ) -> float:
+        """Send one job, wait for its imports and then, at most ``timeout_s``, for its verdict."""
+        self._last_id += 1
+        job = {
+            "id": self._last_id,
+            "task": json.dumps(task),
+            "response": response.encode("utf-8", "replace").decode(),
+            "cpu_s": timeout_s + _CPU_GRACE_S,
+            "import_cpu_s": import_timeout_s + _CPU_GRACE_S,
+        }
+        self._stdin.write(pack_frame(job))
+        try:
+            frame = await self._receive(import_timeout_s, "did not finish its imports")
+        except VerifierCrashError as error:
+            raise _DiedBeforeJobError(str(error)) from error
+        if frame.get("ready"):
+            frame = await self._receive(timeout_s, "gave no verdict")
+        if frame.get("id") != self._last_id:
+            raise self._broken("verifier process answered another job")
+        if "error" in frame:
+            self.usable = not frame.get("fatal", True)
+            raise VerifierCrashError(str(frame["error"]))
+        reward = frame.get("reward")
+        if not isinstance(reward, float) or not math.isfinite(reward):
+            raise self._broken(f"verifier process answered {reward!r}")
+        return reward
+
+    async def kill(self) -> None:
+        """Kill the process and all it started, wherever they moved, and reap it."""
+        self.usable = False
+        descendants: list[psutil.Process] = []
+        with suppress(psutil.Error):
+            descendants = psutil.Process(self._process.pid).children(recursive=True)
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        for process in descendants:
+            with suppress(psutil.Error):
+                process.kill()
+        self._stdin.close()
+        await self._process.wait()
+
+    async def _receive(self, timeout_s: float, complaint: str) -> dict[str, Any]:
+        try:
+            return await asyncio.wait_for(self._read(), timeout_s)
+        except TimeoutError:
+            self.usable = False
+            raise VerifierTimeoutError(f"verifier {complaint} within {timeout_s:g} s") from None
+        except (asyncio.IncompleteReadError, ConnectionError):
+            raise await self._died() from None
+        except (ValueError, msgpack.UnpackException) as error:
+            raise self._broken(f"verifier process sent garbage: {error}") from error
+
+    async def _read(self) -> dict[str, Any]:
+        await self._stdin.drain()
+        length = int.from_bytes(await self._stdout.readexactly(4), "little")
+        if length > MAX_FRAME_BYTES:
+            raise ValueError(f"a frame of {length} bytes")
+        frame = msgpack.unpackb(await self._stdout.readexactly(length))
+        if not isinstance(frame, dict):
+            raise ValueError("a frame that is no map")
+        return frame
+
+    async def _died(self) -> VerifierCrashError:
+        with suppress(TimeoutError):  # its own exit code says more than our signal
+            await asyncio.wait_for(self._process.wait(), _EXIT_GRACE_S)
+        await self.kill()
+        code = self._process.returncode
+        how = f"signal {signal.Signals(-code).name}" if code and code < 0 else f"exit code {code}"
+        return self._broken(f"verifier process died ({how})")
+
+    def _broken(self, message: str) -> VerifierCrashError:
+        self.usable = False
+        return VerifierCrashError(message)
+
+
+def _child_environment() -> dict[str, str]:
+    """The parent's, without ringasync's own (addresses, passwords), one thread for each library."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("RINGASYNC_")}
+    threads = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+    return kept | dict.fromkeys(threads, "1") | {"PYTHONDONTWRITEBYTECODE": "1"}

@@ -1,0 +1,63 @@
+"""The small starting model: built by the learner's package in a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ringasync.errors import RingError
+from ringasync.runtime.process import describe_exit, thread_environment
+from ringasync.runtime.roles import STARTER_MODULE, override_arguments
+from ringasync.runtime.shutdown import Shutdown
+
+
+def starter_command(config_path: Path, overrides: Sequence[str]) -> tuple[str, ...]:
+    """The command that builds the model, or finds it built, and prints its folder last."""
+    arguments = [str(config_path), *override_arguments(overrides), "--print-path"]
+    return (sys.executable, "-m", STARTER_MODULE, *arguments)
+
+
+async def build_starter(command: Sequence[str], threads: int, shutdown: Shutdown) -> Path | None:
+    """Run the builder, its progress on our stderr; the model's folder, None after a stop.
+
+    Raises:
+        RingError: the builder failed or named no folder; ends with the builder's exit code.
+    """
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        env={**os.environ, **thread_environment(threads)},
+        start_new_session=True,
+    )
+    building = asyncio.create_task(process.communicate())
+    stopping = asyncio.create_task(shutdown.requested.wait())
+    try:
+        await asyncio.wait({building, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if not building.done():
+            return None
+        stdout, _ = building.result()
+    finally:
+        stopping.cancel()
+        if not building.done():
+            # The builder renames a whole model into place, so there is nothing to drain.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            await asyncio.wait({building})
+    named = [line.strip() for line in stdout.decode("utf-8", "replace").splitlines()]
+    folder = next((Path(line) for line in reversed(named) if line), None)
+    if process.returncode != 0 or folder is None or not folder.is_dir():
+        raise _failure(process.returncode or 0)
+    return folder
+
+
+def _failure(code: int) -> RingError:
+    what = describe_exit(code) if code else "it named no folder as its last line"
+    error = RingError(f"the starting model was not built: {what}")
+    error.exit_code = code if code > 0 else 128 - code if code else 1
+    return error

@@ -1,0 +1,203 @@
+"""``ringasync up``: everything one machine needs for a run, from the broker to the summary."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ringasync.broker.client import Broker
+from ringasync.broker.embedded import EmbeddedRedis
+from ringasync.config.load import config_hash, load_config, resolved_json
+from ringasync.config.schema import Config
+from ringasync.runtime.process import RoleSpec
+from ringasync.runtime.progress import show_progress
+from ringasync.runtime.roles import Place, role_specs
+from ringasync.runtime.runfiles import RunRecord, claim, read_record, remove_files
+from ringasync.runtime.shutdown import EXIT_INTERRUPTED, Shutdown
+from ringasync.runtime.starter import build_starter, starter_command
+from ringasync.runtime.summary import end_of_run
+from ringasync.runtime.supervisor import RestartPolicy, Supervisor
+
+REDIS_CHECK_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class UpOptions:
+    """What the command line of ``up`` says."""
+
+    config_path: Path
+    overrides: tuple[str, ...] = ()
+    redis_url: str = ""
+    model: str = ""
+    fresh: bool = False
+    plain: bool = False
+
+
+def say(line: str) -> None:
+    """One line for the person who started the run."""
+    print(line, flush=True)
+
+
+class Up:
+    """One ``ringasync up``. ``make_specs`` and ``policy`` are open for tests with small roles."""
+
+    def __init__(
+        self,
+        options: UpOptions,
+        shutdown: Shutdown,
+        *,
+        make_specs: Callable[[Config, Place], list[RoleSpec]] = role_specs,
+        policy: RestartPolicy | None = None,
+    ) -> None:
+        self._options, self._shutdown = options, shutdown
+        self._make_specs, self._policy = make_specs, policy
+        self._config = load_config(options.config_path, options.overrides)
+        self._supervisor: Supervisor | None = None
+        self._redis: EmbeddedRedis | None = None
+
+    def kill_at_once(self) -> None:
+        """The second signal: SIGKILL to every process we started; safe in a signal handler."""
+        if self._supervisor is not None:
+            self._supervisor.kill_all()
+        if self._redis is not None:
+            self._redis.kill()
+
+    async def run(self) -> int:
+        """The whole run; returns the exit code.
+
+        Raises:
+            RingError: something stands in the way; the message names the remedy.
+        """
+        config = self._config
+        with claim(config.run_dir):
+            if self._options.fresh:
+                remove_files(config.run_dir)
+            async with AsyncExitStack() as stack:
+                url = await stack.enter_async_context(self._broker_up())
+                broker = await stack.enter_async_context(connected(config, url))
+                if self._options.fresh:
+                    await broker.delete_run()
+                await broker.create_run(resolved_json(config), config_hash(config))
+                if await self._is_done(broker):
+                    self._say_finished()
+                    return 0
+                return await self._train(broker, url)
+
+    async def _train(self, broker: Broker, url: str) -> int:
+        config, options = self._config, self._options
+        model = await self._model(url)
+        if model is None:
+            return EXIT_INTERRUPTED
+        place = Place(options.config_path, options.overrides, url, model)
+        self._record(url, model)
+        specs = self._make_specs(config, place)
+        self._supervisor = Supervisor(
+            specs, config.run_dir / "logs", say=say, policy=self._policy
+        )
+        say(
+            f"run {config.run.name}: {', '.join(spec.name for spec in specs)}; "
+            f"Redis {url}; files in {config.run_dir}"
+        )
+        view_stop = asyncio.Event()
+        view = asyncio.create_task(self._show(broker, view_stop))
+        try:
+            code = await self._supervisor.run(self._shutdown, lambda: self._is_done(broker))
+        finally:
+            view_stop.set()
+            await view
+        await end_of_run(broker, config, say, is_done=code == 0)
+        if code == EXIT_INTERRUPTED:
+            say("stopped before the end; the same command goes on from here")
+        return code
+
+    async def _show(self, broker: Broker, stop: asyncio.Event) -> None:
+        # A view that breaks must not take the run with it; the error is still shown.
+        try:
+            await show_progress(broker, self._config, stop, plain=self._options.plain)
+        except Exception as error:
+            say(f"the view ended with {type(error).__name__}: {error}; the run goes on")
+
+    async def _model(self, url: str) -> str | None:
+        """Name or folder of the starting model; built when the configuration asks for it."""
+        config, options = self._config, self._options
+        named = options.model or config.model.path
+        if named != "starter":
+            return named
+        record = read_record(config.run_dir)
+        if record is not None and record.config_hash == config_hash(config):
+            if Path(record.model).is_dir():
+                return record.model
+        command = starter_command(options.config_path, options.overrides)
+        folder = await build_starter(command, config.starter.threads, self._shutdown)
+        return None if folder is None else str(folder)
+
+    @asynccontextmanager
+    async def _broker_up(self) -> AsyncIterator[str]:
+        """The broker's address; an embedded Redis lives, watched, as long as this context."""
+        config, options = self._config, self._options
+        url = options.redis_url or os.environ.get("RINGASYNC_REDIS_URL", "") or config.redis.url
+        if url != "embedded":
+            yield url
+            return
+        self._redis = EmbeddedRedis(config.run_dir / "redis", config.redis.maxmemory_bytes)
+        await self._redis.start()
+        watch = asyncio.create_task(self._keep_redis(self._redis))
+        try:
+            yield self._redis.url
+        finally:
+            watch.cancel()
+            await asyncio.wait({watch})
+            await self._redis.stop()
+
+    async def _keep_redis(self, redis: EmbeddedRedis) -> None:
+        """Start the embedded Redis again when it died: its log on disk brings the run back."""
+        while True:
+            await asyncio.sleep(REDIS_CHECK_S)
+            if not redis.is_running:
+                say("the embedded Redis died; starting it again from its log")
+                await redis.start()
+
+    async def _is_done(self, broker: Broker) -> bool:
+        return (await broker.run_meta()).get("phase") == "done"
+
+    def _record(self, url: str, model: str) -> None:
+        config, options = self._config, self._options
+        config.run_dir.joinpath("config.json").write_text(
+            resolved_json(config) + "\n", encoding="utf-8"
+        )
+        RunRecord(
+            run=config.run.name,
+            config_file=str(options.config_path.resolve()),
+            config_hash=config_hash(config),
+            redis_url=url,
+            model=model,
+        ).write(config.run_dir)
+
+    def _say_finished(self) -> None:
+        name, path = self._config.run.name, self._options.config_path
+        say(
+            f"run {name} is finished (its files are in {self._config.run_dir}). To train again from "
+            f"the start: ringasync up {path} --fresh; beside it: --set run.name=another"
+        )
+
+
+@asynccontextmanager
+async def connected(config: Config, url: str) -> AsyncIterator[Broker]:
+    """A broker client of this run, closed at the end."""
+    broker = await Broker.connect(
+        url,
+        config.run.name,
+        password=os.environ.get("RINGASYNC_REDIS_PASSWORD"),
+        connect_timeout_s=config.redis.connect_timeout_s,
+        retry_budget_s=config.redis.retry_budget_s,
+    )
+    try:
+        yield broker
+    finally:
+        await broker.close()
