@@ -1,15 +1,15 @@
-"""Build one batch: choose ready groups, reserve, decode, select, and write down what was decided."""
+"""Build one batch: choose ready groups, reserve, decode, select, write down what was decided."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import structlog
 
 from learner.algorithms.advantages import group_advantages
 from learner.algorithms.selection import select
-from learner.algorithms.staleness import version_ages
 from learner.record import BatchRecord, CarriedRollout, candidate, decode_rollout
 from ringasync.broker.client import Broker
 from ringasync.broker.types import Fence, RawGroup, ReadyGroup
@@ -17,6 +17,7 @@ from ringasync.config.schema import Config
 from ringasync.errors import SchemaError
 from ringasync.records.states import GroupState
 from ringasync.records.trajectory import Trajectory
+from ringasync.records.versions import staleness_steps
 from ringasync.runtime import crashpoints
 
 _MAX_READY_GROUPS = 4096
@@ -164,10 +165,11 @@ class Batcher:
         )
 
     async def _ages(self, trajectories: Sequence[Trajectory], step: int) -> dict[int, int]:
-        """Ages of the versions in these trajectories; one nobody knows any more counts as oldest."""
-        known = version_ages(await self._broker.version_steps(), step)
-        versions = {int(version) for one in trajectories for version in set(one.policy_versions)}
-        return {version: known.get(version, step) for version in sorted(versions)}
+        """Ages of the versions in these trajectories; an unknown one counts as oldest."""
+        steps = await self._broker.version_steps()
+        versions = sorted({int(v) for one in trajectories for v in np.unique(one.policy_versions)})
+        ages = {version: staleness_steps(version, steps, step) for version in versions}
+        return {version: step if age is None else age for version, age in ages.items()}
 
 
 def decode_group(group: RawGroup) -> list[Trajectory]:

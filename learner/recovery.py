@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import structlog
 
-from learner.journal import Journal
+from learner.journal import Entry, Journal
 from learner.record import BatchRecord
 from ringasync.broker.client import Broker
 from ringasync.broker.types import Fence
@@ -37,44 +37,33 @@ async def reconcile(broker: Broker, fence: Fence, journal: Journal, trained_offs
             )
         log.info("reservation given back", batch=batch_id)
         await broker.release(fence, batch_id)
+    unsettled = _unsettled(journal, states, trained_offset)
     forced = 0
-    start = _first_unsettled(journal, states, trained_offset)
-    if start is None:
-        return 0
-    for entry, record in journal.read(start):
-        forced += await _settle(
-            broker, fence, record, states.get(entry.batch_id), entry.end <= trained_offset
-        )
+    for entry, record in journal.read(unsettled[0].offset) if unsettled else ():
+        if entry in unsettled:
+            trained = entry.end <= trained_offset
+            forced += await _settle(broker, fence, record, states.get(entry.batch_id), trained)
     if forced:
         log.warning("batches that Redis had lost were taken by force", batches=forced)
     return forced
 
 
-def _first_unsettled(
-    journal: Journal, states: dict[str, str], trained_offset: int
-) -> int | None:
-    """Offset of the first record that may need work; None when all is settled.
+def _unsettled(journal: Journal, states: dict[str, str], trained_offset: int) -> list[Entry]:
+    """Entries that the broker does not hold as the journal does, oldest first.
 
-    Redis keeps a bounded number of trained batches and loses only its newest writes. So an entry it
-    does not know, before one that it does know, was trained long ago.
+    Redis keeps a bounded number of trained batches and can lose only its newest writes: an entry
+    that it does not know counts as lost only behind the newest one that it does know.
     """
-    first: int | None = None
-    for entry in reversed(journal.entries):
+    places = [i for i, entry in enumerate(journal.entries) if entry.batch_id in states]
+    newest = places[-1] if places else -1
+    found = []
+    for index, entry in enumerate(journal.entries):
         state = states.get(entry.batch_id)
-        settled = state == "trained" or (state == "taken" and entry.end > trained_offset)
-        if not settled and state is None and first is not None and _known_later(
-            journal, states, entry.offset
-        ):
-            break
-        if not settled:
-            if state is None and _known_later(journal, states, entry.offset):
-                break
-            first = entry.offset
-    return first
-
-
-def _known_later(journal: Journal, states: dict[str, str], offset: int) -> bool:
-    return any(e.offset > offset and e.batch_id in states for e in journal.entries)
+        lost = state is None and index > newest
+        untrained = state == "taken" and entry.end <= trained_offset
+        if lost or untrained or state == "reserved":
+            found.append(entry)
+    return found
 
 
 async def _settle(
@@ -102,8 +91,5 @@ async def force(broker: Broker, fence: Fence, record: BatchRecord) -> None:
     await broker.force_taken(
         fence,
         record.batch_id,
-        [
-            (group.group_id, tokens[group.group_id], len(group.rollouts))
-            for group in record.groups
-        ],
+        {group.group_id: (tokens[group.group_id], len(group.rollouts)) for group in record.groups},
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import secrets
@@ -21,6 +22,7 @@ from ringasync.broker.types import Fence
 from ringasync.errors import (
     BrokerRefusedError,
     FencedError,
+    IncarnationError,
     InvariantError,
     JoinRefusedError,
     LockHeldError,
@@ -72,6 +74,7 @@ class BrokerCore:
         self._simulated = simulated_clock
         self._seed = ""
         self._accepted_seen = 0
+        self._run_seen = False
         self.run = run
         self.keys = Keys(run)
 
@@ -120,6 +123,8 @@ class BrokerCore:
         except (RedisConnectionError, RedisTimeoutError, OSError) as error:
             raise connection.unreachable(self._where, self._budget_s, error) from error
         except ResponseError as error:
+            if "MISCONF" in str(error):
+                raise self._read_only(name, str(error)) from error
             raise InvariantError(f"broker script {name} failed: {error}") from error
         first = reply[0] if isinstance(reply, list) and reply else None
         if isinstance(first, bytes) and first.startswith(b"!"):
@@ -135,9 +140,7 @@ class BrokerCore:
         if code == "!NOSESSION":
             raise SessionLostError(f"{script}: session {rest[0]} has ended: open a new one")
         if code == "!NORUN":
-            raise RingError(
-                f"run {self.run!r} does not exist at {self._where}: start its coordinator first"
-            )
+            raise self._no_run()
         if code == "!WEIGHT":
             raise WeightError(rest[0])
         if code == "!HELD":
@@ -147,13 +150,34 @@ class BrokerCore:
         if code == "!DUPLICATE":
             raise InvariantError(f"{script}: group {rest[0]} was fed before")
         if code == "!REDIS":
-            raise BrokerRefusedError(f"{script}: Redis at {self._where} refuses writes: {rest[0]}")
+            raise self._read_only(script, rest[0])
         raise InvariantError(f"{script}: {' '.join(rest)}")
+
+    def _read_only(self, script: str, why: str) -> BrokerRefusedError:
+        return BrokerRefusedError(
+            f"{script}: Redis at {self._where} refuses writes ({why}): free memory or disk space "
+            "there, or raise maxmemory"
+        )
+
+    def _saw_accepted(self, accepted: int) -> None:
+        """Remember how much was accepted: what is gone after a rollback was lost."""
+        self._accepted_seen = max(self._accepted_seen, accepted)
+
+    def _no_run(self) -> RingError:
+        """The run is not there: never was, or went while this process took part in it."""
+        if self._run_seen:
+            return IncarnationError(
+                f"run {self.run!r} vanished from Redis at {self._where} (it came back empty, or "
+                "the run was deleted): start afresh"
+            )
+        return RingError(
+            f"run {self.run!r} does not exist at {self._where}: start its coordinator first"
+        )
 
     async def _read(self, command: Awaitable[Any]) -> Any:
         """Await a plain read, with the same errors as a script."""
         try:
-            return await command
+            return await _cancellable(command)
         except (RedisConnectionError, RedisTimeoutError, OSError) as error:
             raise connection.unreachable(self._where, self._budget_s, error) from error
 
@@ -162,7 +186,22 @@ class BrokerCore:
 
     async def _execute(self, *command: Any) -> Any:
         execute: Callable[..., Awaitable[Any]] = self._client.execute_command
-        return await execute(*command)
+        return await _cancellable(execute(*command))
+
+
+async def _cancellable(command: Awaitable[Any]) -> Any:
+    """Await a command without losing a cancellation.
+
+    Below Python 3.12 ``asyncio.wait_for``, which redis-py uses for every write, swallows a
+    cancellation that arrives in the moment in which the write ends: a role told to stop would
+    go on.
+    """
+    task = asyncio.current_task()
+    before = task.cancelling() if task else 0
+    reply = await command
+    if task and task.cancelling() > before:
+        raise asyncio.CancelledError
+    return reply
 
 
 def join_refusal(run: str, what: str, theirs: str, ours: str) -> str:

@@ -13,6 +13,7 @@ import subprocess
 import time
 from pathlib import Path
 from typing import IO
+from urllib.parse import urlsplit
 
 import redis
 import structlog
@@ -95,6 +96,10 @@ class EmbeddedRedis:
         """Whether this object started the server (else it found a live one)."""
         return self._process is not None
 
+    def has_ended(self) -> bool:
+        """Whether the server that this object started has died since."""
+        return self._process is not None and self._process.poll() is not None
+
     async def start(self) -> str:
         """Return the URL of a server that answers and has loaded its data.
 
@@ -115,8 +120,9 @@ class EmbeddedRedis:
             self.url = live
             self._wait_until_loaded()
             return live
-        for _ in range(5):  # another process may take the free port before the server does
-            port = _free_port()
+        # After a crash the roles still know the old port. Each try, another process may be faster.
+        for preferred in (_port_of(self.folder / URL_FILE), 0, 0, 0, 0):
+            port = _free_port(preferred)
             self.url = f"redis://127.0.0.1:{port}/0"
             self._launch(port)
             if self._wait_until_loaded():
@@ -133,9 +139,8 @@ class EmbeddedRedis:
         """``stop`` for callers without an event loop."""
         if not self.url:
             return
-        with contextlib.suppress(RedisError, OSError):
-            with _client(self.url) as client:
-                client.shutdown()
+        with contextlib.suppress(RedisError, OSError), _client(self.url) as client:
+            client.shutdown()
         if self._process is not None:
             self._end_process(self._process)
             self._process = None
@@ -227,7 +232,21 @@ def _answers(url: str) -> bool:
         return False
 
 
-def _free_port() -> int:
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _port_of(url_file: Path) -> int:
+    """The port in a URL file that a dead server left, or 0."""
+    try:
+        return urlsplit(url_file.read_text().strip()).port or 0
+    except (OSError, ValueError):
+        return 0
+
+
+def _free_port(preferred: int = 0) -> int:
+    """``preferred`` if nobody listens on it, else any free port of the loopback interface."""
+    for port in (preferred, 0):
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            # As Redis itself: connections of the dead server that linger do not hold the port.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with contextlib.suppress(OSError):
+                probe.bind(("127.0.0.1", port))
+                return int(probe.getsockname()[1])
+    raise BrokerUnreachableError("no free port on 127.0.0.1 for the embedded Redis")

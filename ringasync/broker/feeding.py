@@ -39,13 +39,13 @@ class FeedingMixin(BrokerCore):
                 group.group_id,
                 group.kind,
                 group.domain,
-                group.prompt,
+                group.prompt.encode("utf-8", "replace"),
                 compact(list(group.prompt_ids)),
-                compact(group.task),
+                compact(group.task).encode("utf-8", "replace"),
                 group.source_index,
                 group.size,
                 group.max_new_tokens,
-                group.quarantine_reason,
+                group.quarantine_reason.encode("utf-8", "replace"),
             ]
         reply = await self._script(
             "feed", *fence_args(fence), request_id, cursor, len(groups), *args
@@ -70,9 +70,6 @@ class FeedingMixin(BrokerCore):
         view = json.loads(await self._script("backlog"))
         self._saw_accepted(int(_map(view["ledger"]).get("accepted", 0)))
         return _backlog(view)
-
-    def _saw_accepted(self, accepted: int) -> None:
-        self._accepted_seen = max(self._accepted_seen, accepted)
 
     # Rounds
 

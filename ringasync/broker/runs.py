@@ -9,7 +9,7 @@ from typing import Any
 from ringasync import SCHEMA_VERSION
 from ringasync.broker.core import BrokerCore, fence_args, join_refusal, new_nonce
 from ringasync.broker.types import Fence
-from ringasync.errors import JoinRefusedError, RingError
+from ringasync.errors import JoinRefusedError
 from ringasync.records.states import Phase
 
 _DELETE_BATCH = 512
@@ -50,6 +50,9 @@ class RunMixin(BrokerCore):
         }.items():
             fields += [name, str(value)]
         reply = await self._script("create_run", config_hash, str(SCHEMA_VERSION), *fields)
+        self._run_seen = True
+        if int(reply) == 1:
+            self._accepted_seen = 0
         return int(reply) == 1
 
     async def join_run(self, config_hash: str) -> None:
@@ -72,9 +75,8 @@ class RunMixin(BrokerCore):
         """The run's plain fields. Raises ``RingError`` when it does not exist."""
         meta = await self._hash(self.keys.meta)
         if "schema" not in meta:
-            raise RingError(
-                f"run {self.run!r} does not exist at {self._where}: start its coordinator first"
-            )
+            raise self._no_run()
+        self._run_seen = True
         return meta
 
     async def set_phase(self, fence: Fence, phase: Phase | str) -> None:
@@ -93,6 +95,7 @@ class RunMixin(BrokerCore):
     async def delete_run(self) -> int:
         """Delete every key of the run; returns how many."""
         deleted, batch = 0, []
+        self._accepted_seen, self._run_seen = 0, False
         async for key in self._client.scan_iter(match=self.keys.prefix + "*", count=1000):
             batch.append(key)
             if len(batch) >= _DELETE_BATCH:

@@ -22,6 +22,7 @@ class ToolsMixin(BrokerCore):
         view = json.loads(await self._script("audit"))
         counters = _accounts(view["counters"])
         accepted = _counts(view["counters"]).get("accepted", 0)
+        self._saw_accepted(accepted)
         recomputed = _counts(view["recomputed"])
         differences = {
             account.value: recomputed.get(account.value, 0) - counters[account.value]
@@ -44,6 +45,7 @@ class ToolsMixin(BrokerCore):
     async def ledger(self) -> dict[str, int]:
         """Every account's counter, zeros included, and ``accepted``."""
         found = {k: int(v) for k, v in (await self._hash(self.keys.ledger)).items()}
+        self._saw_accepted(found.get("accepted", 0))
         return {**_accounts(found), "accepted": found.get("accepted", 0)}
 
     async def rollout(self, rollout_id: str) -> dict[str, str] | None:

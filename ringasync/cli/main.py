@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -12,10 +13,17 @@ from ringasync.cli import manage, roles, tools
 from ringasync.cli.config_command import config
 from ringasync.errors import RingError
 
-EXIT_CODES = """Exit codes: 0 done; 1 not done, or accounts out of balance (audit); 2 configuration or
-command line; 3 surroundings: Redis unreachable or refused, another schema or configuration; 4 another
-process has the role; 5 lost the right to act; 6 inference engine; 7 training, journal or checkpoint;
-70 a bug; 130 stopped by a signal before the end; 128+N a role was killed by signal N."""
+EXIT_CODES = "\n\n".join(
+    (
+        "Exit codes:",
+        "0 done; 1 not done, or accounts out of balance (audit);",
+        "2 configuration or command line;",
+        "3 surroundings: Redis unreachable or refused, another schema or configuration;",
+        "4 another process has the role; 5 lost the right to act;",
+        "6 inference engine; 7 training, journal or checkpoint; 70 a bug;",
+        "130 stopped by a signal before the end; 128+N a role was killed by signal N.",
+    )
+)
 
 app = typer.Typer(
     help="Train a language model by reinforcement learning while it is generating.",
@@ -42,17 +50,19 @@ def _top(
     del version
 
 
-for _command in (roles.up, roles.coordinator, roles.worker, roles.learner, roles.grader):
-    app.command(rich_help_panel="Run", epilog=EXIT_CODES)(_command)
-app.command(rich_help_panel="Run", epilog=EXIT_CODES)(roles.redis)
-for _command in (tools.top, tools.inspect, tools.samples, tools.audit, tools.report):
-    app.command(rich_help_panel="Look", epilog=EXIT_CODES)(_command)
-for _command in (manage.pause, manage.resume, manage.rm, config):
-    app.command(rich_help_panel="Manage", epilog=EXIT_CODES)(_command)
+def _register(panel: str, *commands: Callable[..., None]) -> None:
+    for command in commands:
+        app.command(rich_help_panel=panel, epilog=EXIT_CODES)(command)
+
+
+_register("Run", roles.up, roles.coordinator, roles.worker, roles.learner, roles.grader)
+_register("Run", roles.redis)
+_register("Look", tools.top, tools.inspect, tools.samples, tools.audit, tools.report)
+_register("Manage", manage.pause, manage.resume, manage.rm, config)
 
 
 def main() -> None:
-    """Entry point: deliberate errors are one message and an exit code, bugs keep their traceback."""
+    """Entry point: a deliberate error is a message and an exit code, a bug keeps its traceback."""
     try:
         app()
     except RingError as error:

@@ -7,8 +7,11 @@ from collections.abc import Awaitable, Callable
 
 import uvloop
 
-from ringasync.broker.embedded import EmbeddedRedis
 from ringasync.config.schema import Config
+from ringasync.runtime.process import RoleSpec
+from ringasync.runtime.redis_keeper import RedisKeeper
+from ringasync.runtime.role import EMBEDDED_URL_FILE
+from ringasync.runtime.roles import Place, role_specs
 from ringasync.runtime.runfiles import claim
 from ringasync.runtime.shutdown import Shutdown
 from ringasync.runtime.up import Up, UpOptions, say
@@ -24,12 +27,14 @@ def run_in_loop(main: Callable[[], Awaitable[int]]) -> int:
         return runner.run(body())
 
 
-def run_up(options: UpOptions) -> int:
+def run_up(
+    options: UpOptions, make_specs: Callable[[Config, Place], list[RoleSpec]] = role_specs
+) -> int:
     """``ringasync up``; returns its exit code."""
 
     async def main() -> int:
         shutdown = Shutdown(lambda: command.kill_at_once())
-        command = Up(options, shutdown)
+        command = Up(options, shutdown, make_specs=make_specs)
         shutdown.install()
         return await command.run()
 
@@ -40,16 +45,14 @@ def run_redis(config: Config) -> int:
     """``ringasync redis``: an embedded Redis in the run's folder until a signal comes."""
 
     async def main() -> int:
-        server = EmbeddedRedis(config.run_dir / "redis", config.redis.maxmemory_bytes)
-        shutdown = Shutdown(lambda: server.kill())
+        folder = config.run_dir / EMBEDDED_URL_FILE.parent
+        keeper = RedisKeeper(folder, config.redis.maxmemory_bytes, say)
+        shutdown = Shutdown(keeper.stop_at_once)
         shutdown.install()
         with claim(config.run_dir):
-            await server.start()
-            try:
-                say(f"Redis of run {config.run.name}: {server.url} (Ctrl-C stops it)")
+            async with keeper.running() as url:
+                say(f"Redis of run {config.run.name}: {url} (Ctrl-C stops it)")
                 await shutdown.requested.wait()
-            finally:
-                await server.stop()
         return 0
 
     return run_in_loop(main)

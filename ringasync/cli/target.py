@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ringasync.broker.client import Broker
-from ringasync.broker.embedded import EmbeddedRedis
+from ringasync.broker.embedded import EmbeddedRedis, live_url
 from ringasync.config.load import config_from_json, load_config
 from ringasync.config.schema import Config
 from ringasync.errors import ConfigError
-from ringasync.runtime.role import EMBEDDED_URL_FILE, read_embedded_url
+from ringasync.runtime.role import EMBEDDED_URL_FILE
 from ringasync.runtime.runfiles import claim, newest_run, read_record
 
 PATIENCE_S = 3.0
@@ -57,10 +57,9 @@ def _configured_url(config: Config) -> str:
 def _target(name: str, run_dir: Path, redis_url: str) -> Target:
     if redis_url:
         return Target(name, run_dir, redis_url)
-    if (run_dir / EMBEDDED_URL_FILE).exists():
-        return Target(name, run_dir, read_embedded_url(run_dir))
-    if (run_dir / EMBEDDED_URL_FILE.parent).is_dir():
-        return Target(name, run_dir, "")
+    embedded = run_dir / EMBEDDED_URL_FILE.parent
+    if embedded.is_dir():
+        return Target(name, run_dir, live_url(embedded) or "")
     record = read_record(run_dir)
     if record is None:
         known = sorted(path.parent.name for path in run_dir.parent.glob("*/run.json"))
@@ -80,7 +79,7 @@ async def broker_of(target: Target) -> AsyncIterator[Broker]:
 
     Raises:
         BrokerUnreachableError: no answer within a few seconds.
-        ConfigError: Redis answers but knows no such run.
+        RingError: Redis answers but knows no such run.
     """
     async with AsyncExitStack() as stack:
         url = target.redis_url or await stack.enter_async_context(_reading(target))
@@ -92,8 +91,7 @@ async def broker_of(target: Target) -> AsyncIterator[Broker]:
             retry_budget_s=PATIENCE_S,
         )
         stack.push_async_callback(broker.close)
-        if not await broker.run_meta():
-            raise ConfigError(f"the broker at {url} knows no run {target.name!r}")
+        await broker.run_meta()  # refuses when there is no such run
         yield broker
 
 

@@ -158,6 +158,11 @@ class ScheduleConfig(_Section):
     purge_action: Literal["drop_group", "replace"] = "drop_group"
     max_staleness: int = Field(3, ge=0)
     """Learner steps between the oldest token and its training."""
+    overtaking_weight: float = Field(0.5, ge=0, le=1)
+    """``pipelined``: how much tokens trained past the oldest unfinished group narrow the gate.
+
+    1: staleness is bounded by admission alone, at the price of waiting for the longest rollouts.
+    0: nobody waits, and long rollouts go stale. See ``ringasync/scheduling/admission.py``."""
     max_attempts: int = Field(5, ge=1)
     """Leases lost without progress before a rollout is quarantined."""
     filter_zero_variance: bool = True

@@ -84,7 +84,10 @@ class VerifierPool:
             began = time.monotonic()
             try:
                 reward = await child.ask(task, response, self._timeout_s, self._start_timeout_s)
-            except _DiedBeforeJobError:  # most likely while idle: not this job's fault
+            except VerifierCrashError:
+                if child.began:
+                    raise
+                # it died before the verifier ran, most likely while idle: not this job's fault
                 child = await self._replace(child)
                 reward = await child.ask(task, response, self._timeout_s, self._start_timeout_s)
         except VerifierError:
@@ -130,10 +133,6 @@ class VerifierPool:
         await child.kill()
 
 
-class _DiedBeforeJobError(VerifierCrashError):
-    """The process ended before it said that the verifier runs."""
-
-
 class _Child:
     """One verifier process and its two pipes; used by one job at a time."""
 
@@ -143,6 +142,8 @@ class _Child:
         self._process, self._stdin, self._stdout = process, process.stdin, process.stdout
         self._last_id = 0
         self.usable = True
+        self.began = False
+        """Whether the process answered to its present job at all."""
 
     @classmethod
     async def start(cls, memory_bytes: int) -> _Child:
@@ -174,6 +175,7 @@ class _Child:
     ) -> float:
         """Send one job, wait for its imports and then, at most ``timeout_s``, for its verdict."""
         self._last_id += 1
+        self.began = False
         job = {
             "id": self._last_id,
             "task": json.dumps(task),
@@ -182,10 +184,8 @@ class _Child:
             "import_cpu_s": import_timeout_s + _CPU_GRACE_S,
         }
         self._stdin.write(pack_frame(job))
-        try:
-            frame = await self._receive(import_timeout_s, "did not finish its imports")
-        except VerifierCrashError as error:
-            raise _DiedBeforeJobError(str(error)) from error
+        frame = await self._receive(import_timeout_s, "did not finish its imports")
+        self.began = True
         if frame.get("ready"):
             frame = await self._receive(timeout_s, "gave no verdict")
         if frame.get("id") != self._last_id:

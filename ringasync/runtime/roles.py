@@ -63,14 +63,18 @@ def role_specs(config: Config, place: Place) -> list[RoleSpec]:
 
 
 def _role_specs(config: Config, place: Place) -> Iterator[RoleSpec]:
-    def spec(name: str, role: str, threads: int, timeout_s: float, essential: bool) -> RoleSpec:
-        environment = thread_environment(threads) | {PARENT_PID_VARIABLE: str(os.getpid())}
-        return RoleSpec(name, role_command(role, place), essential, timeout_s, environment)
+    def environment(threads: int) -> dict[str, str]:
+        return thread_environment(threads) | {PARENT_PID_VARIABLE: str(os.getpid())}
 
     drain_s = config.worker.drain_timeout_s
-    yield spec("coordinator", "coordinator", 1, drain_s, True)
-    yield spec("learner", "learner", config.learner.threads, LEARNER_DRAIN_TIMEOUT_S, True)
+    command = role_command("coordinator", place)
+    yield RoleSpec("coordinator", command, True, drain_s, environment(1))
+    command, threads = role_command("learner", place), config.learner.threads
+    yield RoleSpec("learner", command, True, LEARNER_DRAIN_TIMEOUT_S, environment(threads))
     for number in range(1, config.worker.count + 1):
-        yield spec(f"worker-{number}", "worker", config.worker.threads, drain_s, False)
+        name = f"worker-{number}"
+        # A name that lasts over restarts, so that a person can follow one worker in `top`.
+        command = (*role_command("worker", place), "--worker-id", name)
+        yield RoleSpec(name, command, False, drain_s, environment(config.worker.threads))
     if not config.grader.in_worker:
-        yield spec("grader", "grader", 1, drain_s, False)
+        yield RoleSpec("grader", role_command("grader", place), False, drain_s, environment(1))

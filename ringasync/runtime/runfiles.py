@@ -110,7 +110,9 @@ def remove_files(run_dir: Path) -> None:
         return
     entries = [path for path in run_dir.iterdir() if path.name != LOCK_FILE]
     if entries and not (run_dir / RECORD_FILE).exists():
-        raise ConfigError(f"{run_dir} holds files but no run ({RECORD_FILE} is missing): not removed")
+        raise ConfigError(
+            f"{run_dir} holds files but no run ({RECORD_FILE} is missing): not removed"
+        )
     # The record goes last: a removal that was interrupted can be repeated.
     for path in sorted(entries, key=lambda each: each.name == RECORD_FILE):
         if path.is_dir() and not path.is_symlink():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -12,19 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ringasync.broker.client import Broker
-from ringasync.broker.embedded import EmbeddedRedis
 from ringasync.config.load import config_hash, load_config, resolved_json
 from ringasync.config.schema import Config
+from ringasync.observability.view import live_view
 from ringasync.runtime.process import RoleSpec
-from ringasync.runtime.progress import show_progress
+from ringasync.runtime.progress import progress_lines
+from ringasync.runtime.redis_keeper import RedisKeeper
+from ringasync.runtime.role import EMBEDDED_URL_FILE, REDIS_URL_VARIABLE
 from ringasync.runtime.roles import Place, role_specs
 from ringasync.runtime.runfiles import RunRecord, claim, read_record, remove_files
 from ringasync.runtime.shutdown import EXIT_INTERRUPTED, Shutdown
 from ringasync.runtime.starter import build_starter, starter_command
-from ringasync.runtime.summary import end_of_run
+from ringasync.runtime.summary import read_summary, summary_lines
 from ringasync.runtime.supervisor import RestartPolicy, Supervisor
-
-REDIS_CHECK_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +58,14 @@ class Up:
         self._make_specs, self._policy = make_specs, policy
         self._config = load_config(options.config_path, options.overrides)
         self._supervisor: Supervisor | None = None
-        self._redis: EmbeddedRedis | None = None
+        self._redis: RedisKeeper | None = None
 
     def kill_at_once(self) -> None:
         """The second signal: SIGKILL to every process we started; safe in a signal handler."""
         if self._supervisor is not None:
             self._supervisor.kill_all()
         if self._redis is not None:
-            self._redis.kill()
+            self._redis.stop_at_once()
 
     async def run(self) -> int:
         """The whole run; returns the exit code.
@@ -83,7 +82,9 @@ class Up:
                 broker = await stack.enter_async_context(connected(config, url))
                 if self._options.fresh:
                     await broker.delete_run()
-                await broker.create_run(resolved_json(config), config_hash(config))
+                await broker.create_run(
+                    resolved_json(config), config_hash(config), config.schedule.mode
+                )
                 if await self._is_done(broker):
                     self._say_finished()
                     return 0
@@ -97,9 +98,7 @@ class Up:
         place = Place(options.config_path, options.overrides, url, model)
         self._record(url, model)
         specs = self._make_specs(config, place)
-        self._supervisor = Supervisor(
-            specs, config.run_dir / "logs", say=say, policy=self._policy
-        )
+        self._supervisor = Supervisor(specs, config.run_dir / "logs", say=say, policy=self._policy)
         say(
             f"run {config.run.name}: {', '.join(spec.name for spec in specs)}; "
             f"Redis {url}; files in {config.run_dir}"
@@ -111,7 +110,8 @@ class Up:
         finally:
             view_stop.set()
             await view
-        await end_of_run(broker, config, say, is_done=code == 0)
+        for line in summary_lines(read_summary(config.run_dir) or {}, config.run_dir):
+            say(line)
         if code == EXIT_INTERRUPTED:
             say("stopped before the end; the same command goes on from here")
         return code
@@ -119,7 +119,10 @@ class Up:
     async def _show(self, broker: Broker, stop: asyncio.Event) -> None:
         # A view that breaks must not take the run with it; the error is still shown.
         try:
-            await show_progress(broker, self._config, stop, plain=self._options.plain)
+            if sys.stdout.isatty() and not self._options.plain:
+                await live_view(broker, self._config, stop)
+            else:
+                await progress_lines(broker, self._config, stop, say)
         except Exception as error:
             say(f"the view ended with {type(error).__name__}: {error}; the run goes on")
 
@@ -129,10 +132,9 @@ class Up:
         named = options.model or config.model.path
         if named != "starter":
             return named
-        record = read_record(config.run_dir)
-        if record is not None and record.config_hash == config_hash(config):
-            if Path(record.model).is_dir():
-                return record.model
+        known = _model_of_earlier_start(config)
+        if known is not None:
+            return known
         command = starter_command(options.config_path, options.overrides)
         folder = await build_starter(command, config.starter.threads, self._shutdown)
         return None if folder is None else str(folder)
@@ -141,27 +143,14 @@ class Up:
     async def _broker_up(self) -> AsyncIterator[str]:
         """The broker's address; an embedded Redis lives, watched, as long as this context."""
         config, options = self._config, self._options
-        url = options.redis_url or os.environ.get("RINGASYNC_REDIS_URL", "") or config.redis.url
+        url = options.redis_url or os.environ.get(REDIS_URL_VARIABLE, "") or config.redis.url
         if url != "embedded":
             yield url
             return
-        self._redis = EmbeddedRedis(config.run_dir / "redis", config.redis.maxmemory_bytes)
-        await self._redis.start()
-        watch = asyncio.create_task(self._keep_redis(self._redis))
-        try:
-            yield self._redis.url
-        finally:
-            watch.cancel()
-            await asyncio.wait({watch})
-            await self._redis.stop()
-
-    async def _keep_redis(self, redis: EmbeddedRedis) -> None:
-        """Start the embedded Redis again when it died: its log on disk brings the run back."""
-        while True:
-            await asyncio.sleep(REDIS_CHECK_S)
-            if not redis.is_running:
-                say("the embedded Redis died; starting it again from its log")
-                await redis.start()
+        folder = config.run_dir / EMBEDDED_URL_FILE.parent
+        self._redis = RedisKeeper(folder, config.redis.maxmemory_bytes, say)
+        async with self._redis.running() as embedded_url:
+            yield embedded_url
 
     async def _is_done(self, broker: Broker) -> bool:
         return (await broker.run_meta()).get("phase") == "done"
@@ -182,9 +171,17 @@ class Up:
     def _say_finished(self) -> None:
         name, path = self._config.run.name, self._options.config_path
         say(
-            f"run {name} is finished (its files are in {self._config.run_dir}). To train again from "
-            f"the start: ringasync up {path} --fresh; beside it: --set run.name=another"
+            f"run {name} is finished (its files are in {self._config.run_dir}). To train again "
+            f"from the start: ringasync up {path} --fresh; beside it: --set run.name=another"
         )
+
+
+def _model_of_earlier_start(config: Config) -> str | None:
+    """The starter this run already began with, so that a resumed run need not look for it."""
+    record = read_record(config.run_dir)
+    if record is None or record.config_hash != config_hash(config):
+        return None
+    return record.model if Path(record.model).is_dir() else None
 
 
 @asynccontextmanager

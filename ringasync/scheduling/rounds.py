@@ -91,7 +91,9 @@ def next_action(view: RoundView, settings: RoundSettings) -> RoundAction:
     if view.state == "none":
         if view.data_ended and view.pool + view.grading + view.waiting_tokens == 0:
             return RoundAction("end", "the data have ended and nothing is left to train")
-        return RoundAction("purge_and_open", "previous round is trained", round_id=view.round_id + 1)
+        return RoundAction(
+            "purge_and_open", "previous round is trained", round_id=view.round_id + 1
+        )
     if view.state == "open":
         return _while_open(view, settings)
     if view.state == "closing":
@@ -103,17 +105,16 @@ def next_action(view: RoundView, settings: RoundSettings) -> RoundAction:
 
 def _while_open(view: RoundView, settings: RoundSettings) -> RoundAction:
     counted = counted_tokens(view, settings.count)
+    fill = f"{counted} of {settings.budget_tokens} tokens ({settings.count})"
     if counted >= settings.budget_tokens:
-        return RoundAction("close", f"{counted} of {settings.budget_tokens} tokens ({settings.count})")
+        return RoundAction("close", fill)
     groups = 0 if view.data_ended else groups_to_fill(view.pool, settings)
     if groups > 0:
         return RoundAction("feed", f"pool {view.pool} of {settings.pool_capacity}", groups=groups)
     if view.pool + view.grading == 0:
         # Nothing can add to the count any more: an endless round would be a silent hang.
         return RoundAction("close", f"nothing is left to generate; {counted} tokens counted")
-    return RoundAction(
-        "wait", f"{counted} of {settings.budget_tokens} tokens ({settings.count}), pool {view.pool}"
-    )
+    return RoundAction("wait", f"{fill}, pool {view.pool}")
 
 
 def to_purge(retention: Mapping[str, int], sigma: int | None) -> list[str]:

@@ -11,6 +11,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, Protocol
 
 import numpy as np
@@ -51,7 +52,7 @@ class HeavyTail:
 
 @dataclass(slots=True, eq=False)
 class SimRollout:
-    """One rollout: its drawn length, what it has so far, and the learner step of its first token."""
+    """One rollout: its drawn length, what it has, and the learner step of its first token."""
 
     group: SimGroup
     length: int
@@ -122,6 +123,7 @@ class World:
         self.unfinished = 0
         self.generated = 0
         self.regenerated = 0
+        self.published_step = 0
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = itertools.count()
         for worker in self.workers:
@@ -177,9 +179,9 @@ class World:
 
     def publish(self, learner_step: int) -> None:
         """Every worker loads the new version after ``swap_s``; rollouts go on under it."""
+        self.published_step = learner_step
         for worker in self.workers:
-            life = worker.life
-            self.at(self.settings.swap_s, lambda w=worker, n=life: self._load(w, n, learner_step))
+            self.at(self.settings.swap_s, partial(self._load, worker, worker.life, learner_step))
 
     def _load(self, worker: SimWorker, life: int, learner_step: int) -> None:
         if worker.life == life and worker.alive:
@@ -233,5 +235,5 @@ class World:
 
     def _repair(self, worker: SimWorker) -> None:
         worker.alive = True
-        worker.loaded_step = max(w.loaded_step for w in self.workers)
+        worker.loaded_step = self.published_step
         self._plan_failure(worker)

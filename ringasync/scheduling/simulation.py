@@ -179,6 +179,11 @@ class _Learner:
         self.world.publish(self.step)
 
     @property
+    def training_tokens(self) -> int:
+        """Tokens of the batch in the step that runs, 0 between steps."""
+        return self.batch_tokens if self.busy else 0
+
+    @property
     def unloaded_tokens(self) -> int:
         """Tokens trained into versions that the slowest living worker has not loaded yet."""
         loaded = min((w.loaded_step for w in self.world.workers if w.alive), default=self.step)
@@ -245,7 +250,7 @@ def simulate_pipelined(
         view = GateView(
             known_tokens=sum(known.values()),
             unfinished_rollouts=world.unfinished + world.grading,
-            waiting_tokens=learner.waiting_tokens + learner.batch_tokens * learner.busy,
+            waiting_tokens=learner.waiting_tokens + learner.training_tokens,
             running=world.unfinished + world.grading,
             unloaded_tokens=learner.unloaded_tokens,
             overtaken_tokens=learner.trained_total - oldest.trained_at_admission if oldest else 0,

@@ -17,7 +17,7 @@ from ringasync.errors import CheckpointError
 
 @dataclass(frozen=True, slots=True)
 class DataPosition:
-    """Closed prompts: all indices below ``low``, and the ``exceptions``, all of which lie above it."""
+    """Closed prompts: all indices below ``low``, and the ``exceptions``, which lie above it."""
 
     low: int = 0
     exceptions: frozenset[int] = frozenset()
@@ -54,7 +54,7 @@ class DataPosition:
 
     @classmethod
     def before(cls, next_index: int, open_indices: Iterable[int]) -> Self:
-        """The position when all below ``next_index`` were fed and ``open_indices`` are not closed."""
+        """The position when all below ``next_index`` were fed and ``open_indices`` are open."""
         still_open = {index for index in open_indices if index < next_index}
         low = min(still_open, default=next_index)
         return cls(low, frozenset(i for i in range(low + 1, next_index) if i not in still_open))

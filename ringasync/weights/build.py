@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Protocol
+from typing import Protocol
 
 from redis.asyncio import Redis
 
@@ -14,16 +14,16 @@ from ringasync.weights.redis_transport import RedisTransport
 from ringasync.weights.transport import Transport
 
 
-class HasRedis(Protocol):
-    """What is asked of the broker client: its connection, for small models on the main Redis."""
+class HasClient(Protocol):
+    """What is asked of the broker: its connection, for small models on the main Redis."""
 
     @property
-    def redis(self) -> Any:
-        """A ``redis.asyncio.Redis`` that does not decode replies."""
+    def client(self) -> Redis:
+        """The redis-py client, which does not decode replies."""
         ...
 
 
-def make_transport(config: Config, broker: HasRedis) -> Transport:
+def make_transport(config: Config, broker: HasClient) -> Transport:
     """The transport of ``weights.transport``; close it when done.
 
     The password of a second Redis is taken from its URL or ``RINGASYNC_WEIGHTS_REDIS_PASSWORD``,
@@ -33,7 +33,7 @@ def make_transport(config: Config, broker: HasRedis) -> Transport:
     if weights.transport == "file":
         return FileTransport(config.run_dir / "weights", weights.keep_versions)
     if not weights.redis_url:
-        return RedisTransport(broker.redis, config.run.name, keep_versions=weights.keep_versions)
+        return RedisTransport(broker.client, config.run.name, keep_versions=weights.keep_versions)
     return RedisTransport(
         _second_redis(weights.redis_url),
         config.run.name,

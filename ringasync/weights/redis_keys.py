@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from ringasync.broker.keys import Keys
+
 
 class WeightKeys:
     """Key names of one run's weights. ``name`` is ``manifest.version_name``."""
 
     def __init__(self, run: str) -> None:
-        self.versions = f"ring:{{{run}}}:w"
+        self.versions = Keys(run).prefix + "w"
         """Sorted set of version names, scored by policy version."""
 
     def index(self, name: str) -> str:

@@ -167,3 +167,14 @@ def secrets(*_: Any) -> float:
 def files(*_: Any) -> float:
     """How many files lie in the current folder."""
     return float(len(list(Path.cwd().iterdir())))
+
+
+def by_length(*_: Any) -> float:
+    """Another verdict each time."""
+    return count() + os.getpid()
+
+
+def slow(*_: Any) -> float:
+    """Takes a while, but answers in time."""
+    time.sleep(0.2)  # the work that a caller must wait for
+    return 1.0

@@ -173,7 +173,7 @@ async def test_an_absent_redis_is_named(make_folder: FolderMaker, tmp_path: Path
 
 @dataclass
 class _Broker:
-    redis: Any
+    client: Redis
 
 
 def _config(tmp_path: Path, **weights: Any) -> Config:
@@ -201,7 +201,7 @@ async def test_make_transport_follows_the_configuration(
     assert isinstance(main, RedisTransport)
 
     url = f"unix://{redis_socket}"
-    second = make_transport(_config(tmp_path, transport="redis", redis_url=url), _Broker(None))
+    second = make_transport(_config(tmp_path, transport="redis", redis_url=url), broker)
     monkeypatch.setattr(redis_transport, "MAIN_REDIS_LIMIT_BYTES", 10)
     await second.publish(make_folder("b"), _fields(1))
     assert await main.highest_version() == 1

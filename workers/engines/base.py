@@ -89,6 +89,13 @@ class Engine(Protocol):
         """
         ...
 
+    def drain(self) -> list[TokenChunk]:
+        """Return all tokens that are there now, oldest first, without waiting. Never raises.
+
+        After ``pause`` it gives everything that was sampled, whoever else waits in ``outputs``.
+        """
+        ...
+
     async def abort(self, request_ids: Sequence[str]) -> None:
         """Stop requests. Tokens already sampled still come out of ``outputs`` before this returns
         or are in its queue when it returns; none is delivered later. Unknown ids are ignored."""

@@ -81,14 +81,22 @@ class Outbox(OutputRouter):  # type: ignore[misc]
         return TokenChunk(running.request.request_id, tokens, logprobs, self.policy_version, finish)
 
     def drain(self) -> list[TokenChunk]:
-        """All chunks so far; raises ``EngineError`` once none is left of a failed engine."""
+        """All chunks so far."""
         with self.lock:
             chunks, self._chunks = self._chunks, []
             self._waking = False
             self.filled.clear()
-            if not chunks and self.error is not None:
-                raise EngineError(f"the generation thread failed: {self.error}")
         return chunks
+
+    def check(self) -> None:
+        """Raise ``EngineError`` when the generation thread failed."""
+        if self.error is not None:
+            raise EngineError(f"the generation thread failed: {self.error}")
+
+    def fail(self, message: str) -> None:
+        """Note that nothing will come any more."""
+        with self.lock:
+            self.error = self.error or message
 
     def add(self, request: GenerationRequest, internal_id: str) -> None:
         """Expect tokens of a request."""

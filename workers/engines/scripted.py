@@ -156,6 +156,10 @@ class ScriptedEngine:
             self._require()
             self._filled.clear()
             await self._filled.wait()
+        return self.drain()
+
+    def drain(self) -> list[TokenChunk]:
+        """See ``Engine.drain``."""
         chunks, self._chunks = self._chunks, []
         return chunks
 

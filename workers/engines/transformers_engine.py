@@ -123,9 +123,10 @@ class TransformersEngine:
         """See ``Engine.outputs``."""
         outbox, _ = self._require()
         while True:
-            chunks = outbox.drain()
+            chunks = self.drain()
             if chunks:
-                return merge_chunks(chunks)
+                return chunks
+            outbox.check()
             try:
                 async with asyncio.timeout(_ALIVE_CHECK_S):
                     await outbox.filled.wait()
@@ -133,8 +134,11 @@ class TransformersEngine:
                 # Should the thread die without a word, nothing would ever set the event.
                 _, manager = self._require()
                 if not manager.is_running():
-                    with outbox.lock:
-                        outbox.error = outbox.error or "it ended"
+                    outbox.fail("it ended")
+
+    def drain(self) -> list[TokenChunk]:
+        """See ``Engine.drain``."""
+        return merge_chunks(self._outbox.drain()) if self._outbox is not None else []
 
     async def abort(self, request_ids: Sequence[str]) -> None:
         """See ``Engine.abort``. What the step now running samples for them is dropped."""

@@ -112,12 +112,13 @@ local function new_rollout(rid, gid, kind)
 end
 
 -- leased -> parked or queued, with a ticket. Retention stays: only a closing round raises it.
+-- `event` is what happened: parked (by its holder, whose repeat is a duplicate), lost, closed...
 local function return_lease(r, t, event, why)
   local state = r.length > 0 and 'parked' or 'queued'
   local stream = state == 'parked' and 'tickets:resume' or 'tickets'
   if r.kind == 'eval' then stream = 'tickets:eval' end
   call('HSET', P .. 'rollout:' .. r.id, 'state', state, 'lease', '', 'last_lease', r.lease,
-    'last_move', 'park', 'attempts', r.attempts, 'ticket', enqueue(stream, r.id))
+    'last_move', event, 'attempts', r.attempts, 'ticket', enqueue(stream, r.id))
   call('SREM', P .. 'leases:' .. r.worker, r.id)
   count_rollout(r.kind, 'leased', state)
   history(r.id, t, event, { worker = r.worker, tokens = r.progress, versions = r.versions, why = why })
@@ -125,7 +126,7 @@ local function return_lease(r, t, event, why)
 end
 
 -- A lease lost without progress raises attempts; at the limit the whole group is quarantined.
-local function lose_lease(r, t, why, max_attempts)
+local function lose_lease(r, t, event, why, max_attempts)
   if r.progress == 0 then r.attempts = r.attempts + 1 end
   if max_attempts > 0 and r.progress == 0 and r.attempts >= max_attempts then
     call('HSET', P .. 'rollout:' .. r.id, 'attempts', r.attempts)
@@ -133,11 +134,11 @@ local function lose_lease(r, t, why, max_attempts)
       r.id .. ': ' .. r.attempts .. ' leases lost without progress; ' .. why, t)
     return 'quarantined'
   end
-  return return_lease(r, t, 'lost', why)
+  return return_lease(r, t, event, why)
 end
 
 -- grading -> finished, with a grading ticket. `failed` counts towards the grading limit.
-local function return_grading(r, t, why, failed, max_attempts)
+local function return_grading(r, t, event, why, failed, max_attempts)
   if failed then r.grade_attempts = r.grade_attempts + 1 end
   local key = P .. 'rollout:' .. r.id
   if failed and max_attempts > 0 and r.grade_attempts >= max_attempts then
@@ -146,10 +147,10 @@ local function return_grading(r, t, why, failed, max_attempts)
     end_group(read_group(r.group), 'grade_error', reason, t)
     return 'grade_error'
   end
-  call('HSET', key, 'state', 'finished', 'lease', '', 'last_lease', r.lease, 'last_move', 'grade',
+  call('HSET', key, 'state', 'finished', 'lease', '', 'last_lease', r.lease, 'last_move', event,
     'grade_attempts', r.grade_attempts, 'grade_error', why, 'ticket', enqueue('grading', r.id))
   call('SREM', P .. 'leases:' .. r.worker, r.id)
   count_rollout(r.kind, 'grading', 'finished')
-  history(r.id, t, 'grading_returned', { worker = r.worker, why = why })
+  history(r.id, t, 'grading_' .. event, { worker = r.worker, why = why })
   return 'finished'
 end

@@ -24,7 +24,7 @@ for _, gid in ipairs(call('SMEMBERS', P .. 'live')) do
     if r and r.state == 'leased' then
       return_lease(r, t, 'incarnation', ARGV[3])
     elseif r and r.state == 'grading' then
-      return_grading(r, t, ARGV[3], false, 0)
+      return_grading(r, t, 'incarnation', ARGV[3], false, 0)
     elseif r and (r.state == 'queued' or r.state == 'parked' or r.state == 'finished') then
       local stream = r.state == 'parked' and 'tickets:resume' or 'tickets'
       if r.kind == 'eval' then stream = 'tickets:eval' end

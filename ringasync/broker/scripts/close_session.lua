@@ -9,7 +9,7 @@ for _, rid in ipairs(call('SMEMBERS', P .. 'leases:' .. sid)) do
     return_lease(r, t, 'closed', 'session closed')
     returned = returned + 1
   elseif r and r.worker == sid and r.state == 'grading' then
-    return_grading(r, t, 'session closed', false, 0)
+    return_grading(r, t, 'closed', 'session closed', false, 0)
     returned = returned + 1
   end
 end

@@ -4,7 +4,7 @@ local sid, t, status, moves, seen = ARGV[1], now(), {}, {}, {}
 for b = 2, #ARGV, 4 do
   local r, token, verdict = read_rollout(ARGV[b]), ARGV[b + 1], nil
   if not r or not ACCOUNT[r.state] then verdict = 'gone'
-  elseif seen[r.id] or (r.last_lease == token and r.last_move == 'finish') then verdict = 'duplicate'
+  elseif seen[r.id] or (r.last_lease == token and r.last_move == 'finished') then verdict = 'duplicate'
   elseif r.state ~= 'leased' or r.lease ~= token then verdict = 'fenced'
   elseif r.length ~= int(ARGV[b + 3]) then verdict = 'length ' .. str(r.length)
   else
@@ -18,7 +18,7 @@ end
 free()
 for _, r in ipairs(moves) do
   call('HSET', P .. 'rollout:' .. r.id, 'state', 'finished', 'finish', r.finish, 'lease', '',
-    'last_lease', r.lease, 'last_move', 'finish', 'ticket', enqueue('grading', r.id),
+    'last_lease', r.lease, 'last_move', 'finished', 'ticket', enqueue('grading', r.id),
     'finished_ms', str(t))
   call('SREM', P .. 'leases:' .. r.worker, r.id)
   call('HINCRBY', P .. 'group:' .. r.group, 'finished', 1)

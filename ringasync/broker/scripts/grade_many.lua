@@ -5,7 +5,7 @@ local sid, limit, filter, keep, t = ARGV[1], int(ARGV[2]), ARGV[3] == '1', int(A
 local status, moves, seen = {}, {}, {}
 for b = 5, #ARGV, 5 do
   local r, token, verdict = read_rollout(ARGV[b]), ARGV[b + 1], nil
-  if r and (seen[r.id] or (r.last_lease == token and r.last_move == 'grade')) then verdict = 'duplicate'
+  if r and (seen[r.id] or (r.last_lease == token and (r.last_move == 'graded' or r.last_move == 'failed'))) then verdict = 'duplicate'
   elseif not r or not ACCOUNT[r.state] then verdict = 'gone'
   elseif r.state ~= 'grading' or r.lease ~= token then verdict = 'fenced'
   else
@@ -51,10 +51,10 @@ end
 for _, move in ipairs(moves) do
   local r = read_rollout(move[1]) -- a sibling's end above may have ended this one
   if r.state == 'grading' and move[2] == '' then
-    return_grading(r, t, move[3], true, limit)
+    return_grading(r, t, 'failed', move[3], true, limit)
   elseif r.state == 'grading' then
     call('HSET', P .. 'rollout:' .. r.id, 'state', 'graded', 'reward', move[2], 'lease', '',
-      'last_lease', r.lease, 'last_move', 'grade', 'graded_ms', str(t))
+      'last_lease', r.lease, 'last_move', 'graded', 'graded_ms', str(t))
     call('SREM', P .. 'leases:' .. r.worker, r.id)
     shift(r.kind, 'finished', 'graded', r.tokens)
     count_rollout(r.kind, 'grading', 'graded')

@@ -5,7 +5,7 @@ local sid, t, status, moves, seen = ARGV[1], now(), {}, {}, {}
 for b = 2, #ARGV, 3 do
   local r, token, verdict = read_rollout(ARGV[b]), ARGV[b + 1], nil
   if not r or not ACCOUNT[r.state] then verdict = 'gone'
-  elseif seen[r.id] or (r.last_lease == token and r.last_move == 'park') then verdict = 'duplicate'
+  elseif seen[r.id] or (r.last_lease == token and r.last_move == 'parked') then verdict = 'duplicate'
   elseif r.state ~= 'leased' or r.lease ~= token then verdict = 'fenced'
   else
     verdict = 'ok'
@@ -19,7 +19,7 @@ local limit = int(call('HGET', P .. 'meta', 'max_attempts'))
 for _, move in ipairs(moves) do
   local r = read_rollout(move[1].id) -- a sibling's quarantine above may have ended it
   if r.state == 'leased' then
-    if string.sub(move[2], 1, 5) == 'error' then lose_lease(r, t, move[2], limit)
+    if string.sub(move[2], 1, 5) == 'error' then lose_lease(r, t, 'parked', move[2], limit)
     else return_lease(r, t, 'parked', move[2]) end
   end
 end

@@ -11,9 +11,9 @@ for _, sid in ipairs(call('ZRANGEBYSCORE', P .. 'sessions', '-inf', '(' .. str(t
   for _, rid in ipairs(call('SMEMBERS', P .. 'leases:' .. sid)) do
     local r, became = read_rollout(rid), nil
     if r and r.worker == sid and r.state == 'leased' then
-      became = lose_lease(r, t, 'session ' .. sid .. ' died', limit)
+      became = lose_lease(r, t, 'lost', 'session ' .. sid .. ' died', limit)
     elseif r and r.worker == sid and r.state == 'grading' then
-      became = return_grading(r, t, 'grader ' .. sid .. ' died', true, limit)
+      became = return_grading(r, t, 'lost', 'grader ' .. sid .. ' died', true, limit)
     end
     if became then counts[became] = counts[became] + 1 end
   end

@@ -1,0 +1,1 @@
+"""Measurements of ringasync; see README.md in this folder."""

@@ -1,0 +1,186 @@
+"""The two things the worker benchmark compares: an engine by itself, and the worker around it.
+
+Both drive the same started engine through a meter, so that tokens and seconds are counted alike.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from ringasync.broker.client import Broker
+from ringasync.broker.types import NewGroup, VersionInfo
+from ringasync.config.schema import Config
+from ringasync.runtime.shutdown import Shutdown
+from ringasync.weights.build import make_transport
+from ringasync.weights.manifest import VersionFields, dump_manifest
+from workers.engines.base import Engine, GenerationRequest, ScoreRequest, TokenChunk
+from workers.intake import ModelLimits
+from workers.rollout_loop import RolloutWorker
+
+_POLICY_VERSION = 1
+_HOUR_MS = 3_600_000
+_ROUND_TIMEOUT_S = 300.0
+_SETTLE_POLL_S = 0.02
+
+
+class Meter:
+    """An engine that is lent out: it counts tokens, and starting or stopping it does nothing.
+
+    Time runs from the first ``generate`` to the last token handed out.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin a new measurement."""
+        self.tokens = self.finished = 0
+        self._first_s: float | None = None
+        self._last_s = 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Rate of this measurement; 0 before the first token."""
+        if self._first_s is None or self._last_s <= self._first_s:
+            return 0.0
+        return self.tokens / (self._last_s - self._first_s)
+
+    def _count(self, chunks: list[TokenChunk]) -> list[TokenChunk]:
+        self.tokens += sum(len(chunk.token_ids) for chunk in chunks)
+        self.finished += sum(chunk.finish is not None for chunk in chunks)
+        if chunks:
+            self._last_s = time.perf_counter()
+        return chunks
+
+    async def start(self, weights_dir: Path, policy_version: int) -> None:
+        """Nothing: the engine runs already, with the same weights."""
+
+    async def stop(self) -> None:
+        """Nothing: the next round needs it."""
+
+    async def generate(self, requests: Sequence[GenerationRequest]) -> None:
+        """See ``Engine.generate``."""
+        if self._first_s is None and requests:
+            self._first_s = time.perf_counter()
+        await self._engine.generate(requests)
+
+    async def outputs(self) -> list[TokenChunk]:
+        """See ``Engine.outputs``."""
+        return self._count(await self._engine.outputs())
+
+    def drain(self) -> list[TokenChunk]:
+        """See ``Engine.drain``."""
+        return self._count(self._engine.drain())
+
+    async def abort(self, request_ids: Sequence[str]) -> None:
+        """See ``Engine.abort``."""
+        await self._engine.abort(request_ids)
+
+    async def pause(self) -> None:
+        """See ``Engine.pause``."""
+        await self._engine.pause()
+
+    async def load_weights(self, weights_dir: Path, policy_version: int) -> None:
+        """See ``Engine.load_weights``."""
+        await self._engine.load_weights(weights_dir, policy_version)
+
+    async def resume(self) -> None:
+        """See ``Engine.resume``."""
+        await self._engine.resume()
+
+    async def score(self, requests: Sequence[ScoreRequest]) -> list[npt.NDArray[np.float32]]:
+        """See ``Engine.score``."""
+        return await self._engine.score(requests)
+
+    async def read_back(self) -> dict[str, str]:
+        """See ``Engine.read_back``."""
+        return await self._engine.read_back()
+
+
+async def bare_round(meter: Meter, groups: Sequence[NewGroup]) -> float:
+    """All rollouts of ``groups`` by the engine alone, output read and dropped; tokens/s."""
+    requests = [
+        GenerationRequest(f"{g.group_id}.{i}", g.prompt_ids, (), g.max_new_tokens, i)
+        for g in groups
+        for i in range(g.size)
+    ]
+    meter.reset()
+    async with asyncio.timeout(_ROUND_TIMEOUT_S):
+        await meter.generate(requests)
+        while meter.finished < len(requests):
+            await meter.outputs()
+    _check(meter, groups)
+    return meter.tokens_per_s
+
+
+class WorkerRounds:
+    """Rounds of the real worker: a new run in a real Redis each time, fed before the worker."""
+
+    def __init__(self, config: Config, url: str, weights_dir: Path, limits: ModelLimits) -> None:
+        self._config, self._url = config, url
+        self._weights_dir, self._limits = weights_dir, limits
+        self._rounds = itertools.count(1)
+
+    async def round(self, meter: Meter, groups: Sequence[NewGroup]) -> float:
+        """All rollouts of ``groups`` by the worker; tokens/s."""
+        run = self._config.run.model_copy(update={"name": f"bench-{next(self._rounds)}"})
+        config = self._config.model_copy(update={"run": run})
+        broker = await Broker.connect(self._url, run.name)
+        try:
+            await broker.create_run("", "bench", config.schedule.mode)
+            fence = await broker.acquire_lock("coordinator", "bench", _HOUR_MS)
+            await broker.feed(fence, "feed", groups, "")
+            await self._publish(broker, config)
+            await self._work(broker, config, meter, sum(group.size for group in groups))
+            _check(meter, groups)
+            await broker.delete_run()
+        finally:
+            await broker.close()
+        return meter.tokens_per_s
+
+    async def _publish(self, broker: Broker, config: Config) -> None:
+        transport = make_transport(config, broker)
+        fence = await broker.acquire_lock("learner", "bench", _HOUR_MS)
+        fields = VersionFields(config.run.name, _POLICY_VERSION, 0, 0, fence.token)
+        manifest = await transport.publish(self._weights_dir, fields)
+        await broker.publish(fence, VersionInfo(_POLICY_VERSION, 0, 0, dump_manifest(manifest)))
+        await transport.close()
+
+    async def _work(self, broker: Broker, config: Config, meter: Meter, rollouts: int) -> None:
+        shutdown = Shutdown()
+        transport = make_transport(config, broker)
+        worker = RolloutWorker(
+            config,
+            broker,
+            transport,
+            lambda _: meter,
+            lambda _: self._limits,
+            shutdown,
+            worker_id="bench",
+            scratch_dir=config.run_dir / "scratch",
+        )
+        meter.reset()
+        try:
+            async with asyncio.timeout(_ROUND_TIMEOUT_S), asyncio.TaskGroup() as tasks:
+                running = tasks.create_task(worker.run())
+                while worker.flusher.finished < rollouts and not running.done():
+                    await asyncio.sleep(_SETTLE_POLL_S)
+                shutdown.request("the benchmark is over")
+        finally:
+            await transport.close()
+        accepted = (await broker.ledger()).get("accepted", 0)
+        assert accepted == meter.tokens, f"Redis holds {accepted} of {meter.tokens} tokens"
+
+
+def _check(meter: Meter, groups: Sequence[NewGroup]) -> None:
+    """Without an end-of-text token every rollout has exactly its length, in both arms."""
+    expected = sum(group.size * group.max_new_tokens for group in groups)
+    assert meter.tokens == expected, f"{meter.tokens} tokens were generated, not {expected}"

@@ -1,0 +1,191 @@
+"""Wires the learner: broker, lock, journal, checkpoint, backend, transport, loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+import torch
+
+from learner.backends.base import Backend
+from learner.backends.torch_backend import TorchBackend, TorchSettings
+from learner.checkpoint import load_latest
+from learner.journal import Journal
+from learner.keeper import Keeper, acquire_role
+from learner.loop import LearnerLoop
+from learner.publisher import Publisher
+from learner.state import LearnerState
+from learner.worker_thread import TorchThread
+from ringasync.broker.client import Broker
+from ringasync.broker.types import Fence
+from ringasync.config.load import config_hash
+from ringasync.config.schema import Config
+from ringasync.errors import RingError
+from ringasync.runtime.role import RoleArgs
+from ringasync.runtime.shutdown import Shutdown
+from ringasync.weights.build import make_transport
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_RUN_POLL_S = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class LearnerOptions:
+    """What the command line adds: ``wait_for_lock`` off exits with code 4 when the lock is held."""
+
+    args: RoleArgs
+    wait_for_lock: bool = True
+
+
+def make_backend(config: Config, model: str) -> Backend:
+    """The train engine that ``learner.backend`` names, loaded with the starting weights."""
+    return TorchBackend.from_pretrained(
+        model,
+        TorchSettings(
+            learner=config.learner,
+            loss=config.loss,
+            temperature=config.sampling.temperature,
+            dtype=_DTYPES[config.model.dtype],
+            seed=config.run.seed,
+        ),
+    )
+
+
+async def run_learner(options: LearnerOptions, shutdown: Shutdown) -> int:
+    """A learner's whole life; returns the exit code.
+
+    Raises ``RingError`` for everything that ends it early, each with its own code.
+    """
+    args = options.args
+    config = args.config
+    broker = await Broker.connect(
+        args.redis_url,
+        config.run.name,
+        connect_timeout_s=config.redis.connect_timeout_s,
+        retry_budget_s=config.redis.retry_budget_s,
+    )
+    thread = TorchThread(config.learner.threads)
+    try:
+        if not await _join(broker, config, shutdown):
+            return 0
+        backend = await thread.run(make_backend, config, args.model)
+        fence = await acquire_role(
+            broker,
+            config.learner.lock_ttl_ms,
+            shutdown,
+            wait=options.wait_for_lock,
+            report_s=config.learner.stall_report_s,
+        )
+        if fence is not None:
+            await _run_under_lock(broker, fence, backend, thread, config, shutdown)
+        return 0
+    finally:
+        thread.close()
+        await broker.close()
+
+
+async def _join(broker: Broker, config: Config, shutdown: Shutdown) -> bool:
+    """Wait for the coordinator to create the run and join it; False on a shutdown before that."""
+    log = structlog.get_logger(__name__)
+    told = False
+    while not shutdown.is_requested:
+        try:
+            await broker.join_run(config_hash(config))
+            return True
+        except RingError as error:
+            if type(error) is not RingError:  # refused, unreachable: waiting would not help
+                raise
+            if not told:
+                log.info("waiting for the run to be created", why=str(error))
+                told = True
+        await shutdown.sleep(_RUN_POLL_S)
+    return False
+
+
+async def _run_under_lock(
+    broker: Broker,
+    fence: Fence,
+    backend: Backend,
+    thread: TorchThread,
+    config: Config,
+    shutdown: Shutdown,
+) -> None:
+    keeper = Keeper(broker, fence, config.learner.lock_ttl_ms)
+    keeper.status = {"doing": "starting", "step": 0, "steps": config.learner.steps}
+    await keeper.beat()
+    beating = asyncio.create_task(keeper.run(), name="learner-keeper")
+    working = asyncio.create_task(
+        _work(broker, fence, keeper, backend, thread, config, shutdown), name="learner-loop"
+    )
+    try:
+        await asyncio.wait({beating, working}, return_when=asyncio.FIRST_COMPLETED)
+        if beating.done():
+            working.cancel()
+            await asyncio.wait({working})
+            beating.result()  # raises what ended the keeper
+        working.result()
+    finally:
+        beating.cancel()
+        working.cancel()
+        await asyncio.wait({beating, working})
+    await keeper.close()
+
+
+async def _work(
+    broker: Broker,
+    fence: Fence,
+    keeper: Keeper,
+    backend: Backend,
+    thread: TorchThread,
+    config: Config,
+    shutdown: Shutdown,
+) -> None:
+    journal = await asyncio.to_thread(
+        Journal.open, journal_dir(config), config.run.name, fence=fence.token
+    )
+    transport = make_transport(config, broker)
+    try:
+        # The lock may have been lost while the chain was checked: then this life must not write.
+        await broker.renew_lock(fence, config.learner.lock_ttl_ms)
+        state = await thread.run(restore, config, backend, journal)
+        loop = LearnerLoop(
+            broker=broker,
+            fence=fence,
+            keeper=keeper,
+            backend=backend,
+            thread=thread,
+            journal=journal,
+            publisher=Publisher(broker, fence, transport, backend, thread, config),
+            state=state,
+            config=config,
+            shutdown=shutdown,
+        )
+        await loop.run()
+    finally:
+        journal.close()
+        with contextlib.suppress(RingError):
+            await transport.close()
+
+
+def journal_dir(config: Config) -> Path:
+    """Where the run's journal lies."""
+    return config.run_dir / "journal"
+
+
+def restore(config: Config, backend: Backend, journal: Journal) -> LearnerState:
+    """Load the newest checkpoint on the journal's chain into ``backend``; a fresh state if none."""
+    log = structlog.get_logger(__name__)
+    checkpoint = load_latest(
+        config.run_dir / "checkpoints",
+        config.run.name,
+        accept=lambda meta: journal.covers(meta.life, meta.journal_offset),
+        warn=log.warning,
+    )
+    if checkpoint is None:
+        return LearnerState()
+    backend.load_state_dict(checkpoint.tensors)
+    log.info("checkpoint restored", step=checkpoint.meta.step, name=checkpoint.meta.name)
+    return LearnerState.from_meta(checkpoint.meta, checkpoint.carry)

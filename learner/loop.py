@@ -1,0 +1,381 @@
+"""The learner's loop: every accepted token is trained once, whatever dies in between.
+
+::
+
+    ready groups --reserve--> record --journal (fsync)--> commit --> train --> mark trained
+                                                                        |
+                            checkpoint (every N) <-- publish <----------+
+
+consumes       ready groups and the carry; in rounds, the round that the coordinator hands over
+produces       journal records, checkpoints, policy versions, step metrics
+waits for      Phi ready tokens (pipelined) or a round in state ``training`` (rounds)
+unblocked by   graders finishing groups, the end of the data, a shutdown
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import structlog
+
+from learner.backends.base import Backend
+from learner.batch import TrainBatch
+from learner.batcher import Batcher, BatchRequest
+from learner.checkpoint import CheckpointMeta, save_checkpoint
+from learner.journal import Journal
+from learner.keeper import Keeper
+from learner.publisher import Publication, Publisher
+from learner.record import BatchRecord
+from learner.recovery import reconcile
+from learner.stall import StallWatch
+from learner.state import LearnerState
+from learner.step_metrics import StepTimes, TrainedStep, step_metrics
+from learner.worker_thread import TorchThread
+from ringasync.broker.client import Broker
+from ringasync.broker.types import Fence
+from ringasync.config.schema import Config
+from ringasync.errors import InvariantError
+from ringasync.records.states import GroupState, Phase
+from ringasync.runtime import crashpoints
+from ringasync.runtime.shutdown import Shutdown
+
+_POLL_S = 0.05
+_OUTCOMES_A_CALL = 1000
+_GAP_ALARM_NATS = 0.05
+"""Mean log-prob gap at age 0 above which training "essentially fails" (Ring-1T, IcePop blog)."""
+_CLOSED_WITHOUT_TRAINING = (
+    GroupState.FILTERED,
+    GroupState.STALE,
+    GroupState.PURGED,
+    GroupState.QUARANTINED,
+    GroupState.GRADE_ERROR,
+)
+
+
+class LearnerLoop:
+    """Runs from the restored state to ``learner.steps``; one instance is one life."""
+
+    def __init__(
+        self,
+        *,
+        broker: Broker,
+        fence: Fence,
+        keeper: Keeper,
+        backend: Backend,
+        thread: TorchThread,
+        journal: Journal,
+        publisher: Publisher,
+        state: LearnerState,
+        config: Config,
+        shutdown: Shutdown,
+    ) -> None:
+        self._broker = broker
+        self._fence = fence
+        self._keeper = keeper
+        self._backend = backend
+        self._thread = thread
+        self._journal = journal
+        self._publisher = publisher
+        self.state = state
+        self._config = config
+        self._shutdown = shutdown
+        self._batcher = Batcher(broker, fence, config)
+        self._stall = StallWatch(broker, config.learner.stall_report_s)
+        self._incarnation = keeper.poll.incarnation
+        self._log = structlog.get_logger(__name__)
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        """Where checkpoints lie."""
+        return self._config.run_dir / "checkpoints"
+
+    async def run(self) -> None:
+        """Catch up with the journal, then train to the end or to a shutdown; checkpoint at both."""
+        await self._catch_up()
+        await self._publish_if_new(StepTimes())
+        pipelined = self._config.schedule.mode == "pipelined"
+        going = True
+        while going and not self._finished():
+            if self._keeper.poll.incarnation != self._incarnation:
+                await self._meet_new_incarnation()
+            going = await (self._pipelined_step() if pipelined else self._rounds_step())
+        self._status("saving")
+        await self._checkpoint_if_new(StepTimes())
+        done = self.state.step >= self._config.learner.steps
+        self._status("done" if done else "stopped")
+        await self._keeper.beat()
+        self._log.info(
+            "learner ends", step=self.state.step, of_steps=self._config.learner.steps, done=done
+        )
+
+    def _finished(self) -> bool:
+        phase_done = self._keeper.poll.phase == Phase.DONE
+        return (
+            self.state.step >= self._config.learner.steps
+            or self._shutdown.is_requested
+            or phase_done
+        )
+
+    # Steps
+
+    async def _pipelined_step(self) -> bool:
+        """Wait for Phi tokens and train them; False when the data have ended."""
+        self._status("waiting for ready tokens")
+        while not self._finished():
+            began = time.monotonic()
+            ended = self._keeper.poll.phase == Phase.FINISHING and await self._nothing_comes()
+            record = await self._batcher.assemble(self._request(0, partial=ended))
+            if record is not None:
+                times = StepTimes(wait_s=began - self._stall_since())
+                times.assemble_s = time.monotonic() - began
+                await self._take_and_train(record, times)
+                return True
+            if ended:
+                self._log.info("the data have ended", step=self.state.step)
+                return False
+            await self._wait(f"{self._config.schedule.budget.tokens} ready tokens")
+        return False
+
+    async def _rounds_step(self) -> bool:
+        """Wait for the coordinator to hand a round over, train what is ready, finish the round."""
+        self._status("waiting for a round")
+        while not self._finished():
+            began = time.monotonic()
+            poll = await self._keeper.beat()
+            if poll.round_state == "training":
+                times = StepTimes(wait_s=began - self._stall_since())
+                await self._train_round(poll.round_id, times)
+                return True
+            if poll.phase == Phase.FINISHING and poll.round_state == "none":
+                return await self._last_batches()
+            await self._wait(f"round {poll.round_id} (now {poll.round_state}) to be handed over")
+        return False
+
+    async def _train_round(self, round_id: int, times: StepTimes) -> None:
+        # A life that died between training and finish_round must not train the round twice.
+        if self.state.last_round_id < round_id:
+            began = time.monotonic()
+            record = await self._batcher.assemble(self._request(round_id, partial=True))
+            times.assemble_s = time.monotonic() - began
+            if record is not None:
+                await self._take_and_train(record, times)
+            else:
+                self._log.warning("round closed with nothing to train", round=round_id)
+        await self._publish_if_new(times)
+        await self._broker.finish_round(self._fence, round_id)
+        self._stall.progress()
+
+    async def _last_batches(self) -> bool:
+        """Rounds: no more will be opened. Train what is left; False once there is nothing."""
+        if not await self._nothing_comes():
+            await self._wait("the last groups to be graded")
+            return True
+        record = await self._batcher.assemble(self._request(0, partial=True))
+        if record is None:
+            return False
+        await self._take_and_train(record, StepTimes())
+        return True
+
+    def _request(self, round_id: int, *, partial: bool) -> BatchRequest:
+        return BatchRequest(
+            self.state.step,
+            self.state.carry,
+            self.state.policy_version,
+            self._incarnation,
+            round_id,
+            partial,
+        )
+
+    async def _nothing_comes(self) -> bool:
+        backlog = await self._broker.backlog()
+        return backlog.open_rollouts == 0 and backlog.open_groups == 0
+
+    async def _take_and_train(self, record: BatchRecord, times: StepTimes) -> None:
+        """Journal, commit, train, mark, publish, checkpoint: the only way a batch is trained."""
+        began = time.monotonic()
+        self._status("training")
+        entry = self._journal.append(record)
+        crashpoints.reach("journalled", record.step)
+        await self._agreed(record, commit=True)
+        crashpoints.reach("committed", record.step)
+        times.journal_s = time.monotonic() - began
+        done = await self._train(record, entry.end, times)
+        await self._note_closed_groups()
+        await self._publish_if_new(times)
+        if self.state.step % self._config.learner.checkpoint_every_steps == 0:
+            await self._checkpoint_if_new(times)
+        await self._report(done)
+        self._stall.progress()
+
+    async def _train(
+        self, record: BatchRecord, end: int, times: StepTimes, *, replayed: bool = False
+    ) -> TrainedStep:
+        began = time.monotonic()
+        batch: TrainBatch = record.train_batch()
+        result = await self._thread.run(self._backend.train_batch, batch)
+        times.train_s = time.monotonic() - began
+        crashpoints.reach("stepped", record.step)
+        await self._agreed(record, commit=False)
+        crashpoints.reach("marked", record.step)
+        self.state.advance(record, end, batch)
+        return TrainedStep(record, batch, result, times, replayed)
+
+    async def _agreed(self, record: BatchRecord, *, commit: bool) -> None:
+        """Tell the broker of a journalled batch: taken (``commit``) or trained.
+
+        A Redis that lost its tail may not know the batch any more; then the journal settles it.
+        """
+        for attempt in (1, 2):
+            try:
+                if commit:
+                    await self._broker.commit(
+                        self._fence, record.batch_id, record.trajectories_per_group
+                    )
+                else:
+                    await self._broker.mark_trained(
+                        self._fence, record.batch_id, record.trained_tokens(), record.step + 1
+                    )
+                return
+            except InvariantError as error:
+                if attempt == 2:
+                    raise
+                self._log.warning("the broker disagrees with the journal", why=str(error))
+                await self._reconcile()
+
+    # Recovery
+
+    async def _catch_up(self) -> None:
+        """Settle the journal with the broker and train again what the checkpoint lacks."""
+        await self._reconcile()
+        await self._publisher.learn_numbers(
+            self.state.policy_version,
+            *(entry.policy_version for entry in self._journal.entries),
+        )
+        started = self.state.step
+        for entry, record in self._journal.read(self.state.journal_offset):
+            if self._shutdown.is_requested:
+                break
+            self._status("catching up")
+            if record.step != self.state.step:
+                raise InvariantError(
+                    f"journal holds step {record.step} where {self.state.step} was expected"
+                )
+            done = await self._train(record, entry.end, StepTimes(), replayed=True)
+            await self._report(done)
+        self.state.fork_step = self.state.step
+        if self.state.step > started:
+            self._log.info("caught up from the journal", from_step=started, to_step=self.state.step)
+        latest = await self._broker.version()
+        same_line = self.state.step == started and latest is not None
+        if same_line and latest is not None and latest.version == self.state.policy_version:
+            self.state.published_step = latest.learner_step
+        self._stall.progress()
+
+    async def _reconcile(self) -> None:
+        await reconcile(self._broker, self._fence, self._journal, self.state.journal_offset)
+
+    async def _meet_new_incarnation(self) -> None:
+        poll = self._keeper.poll
+        self._log.warning("new incarnation", before=self._incarnation, now=poll.incarnation)
+        self._incarnation = poll.incarnation
+        await self._reconcile()
+        await self._publisher.learn_numbers()
+        if poll.latest_version < self.state.policy_version:
+            self.state.published_step = -1  # Redis forgot the announcement: say it again
+            await self._publish_if_new(StepTimes())
+
+    # After a step
+
+    async def _publish_if_new(self, times: StepTimes) -> None:
+        if self.state.published_step == self.state.step or self._behind():
+            return
+        began = time.monotonic()
+        pinned = self._keeper.poll.pin_version
+        publication = Publication(
+            self.state.step,
+            self.state.fork_step,
+            self.state.last_batch,
+            () if pinned is None else (pinned,),
+        )
+        self.state.policy_version = await self._publisher.publish(publication)
+        self.state.published_step = self.state.step
+        structlog.contextvars.bind_contextvars(policy_version=self.state.policy_version)
+        times.publish_s += time.monotonic() - began
+
+    def _behind(self) -> bool:
+        """Whether the journal still holds batches that are not in the weights."""
+        return any(entry.offset >= self.state.journal_offset for entry in self._journal.entries)
+
+    async def _checkpoint_if_new(self, times: StepTimes) -> None:
+        if self.state.checkpoint_step == self.state.step:
+            return
+        began = time.monotonic()
+        meta = self.state.meta(self._config.run.name, self._fence.token, self._journal.life)
+        await self._broker.renew_lock(self._fence, self._config.learner.lock_ttl_ms)
+        path = await self._thread.run(self._save, meta)
+        crashpoints.reach("checkpointed", self.state.step)
+        self.state.checkpoint_step = self.state.step
+        times.checkpoint_s += time.monotonic() - began
+        self._log.info("checkpoint written", path=str(path), step=self.state.step)
+
+    def _save(self, meta: CheckpointMeta) -> Path:
+        return save_checkpoint(
+            self.checkpoint_dir,
+            meta,
+            self._backend.state_dict(),
+            self.state.carry,
+            keep=self._config.learner.checkpoint_keep,
+        )
+
+    async def _note_closed_groups(self) -> None:
+        """Prompts of groups that ended untrained need not be fed again either."""
+        while True:
+            outcomes = await self._broker.read_outcomes(self.state.outcomes_seen, _OUTCOMES_A_CALL)
+            closed: list[int] = []
+            for outcome in outcomes:
+                self.state.outcomes_seen = outcome.entry_id
+                if outcome.kind == "train" and outcome.end in _CLOSED_WITHOUT_TRAINING:
+                    group = await self._broker.group(outcome.group_id)
+                    if group and "source_index" in group:
+                        closed.append(int(group["source_index"]))
+            self.state.position = self.state.position.close(closed)
+            if len(outcomes) < _OUTCOMES_A_CALL:
+                return
+
+    async def _report(self, done: TrainedStep) -> None:
+        metrics = step_metrics(done, self._config.loss, self.state.policy_version)
+        await self._broker.push_metrics("learner", metrics)
+        gap = metrics.get("gap_mean")
+        if gap is not None and gap > _GAP_ALARM_NATS:
+            self._log.warning(
+                "train and inference engine disagree at age 0", gap_mean=gap, step=metrics["step"]
+            )
+        self._log.info(
+            "step trained",
+            step=metrics["step"],
+            reward=metrics["train_reward"],
+            loss=metrics["loss"],
+            tokens=metrics["tokens_trained"],
+            replayed=done.replayed,
+        )
+
+    # Waiting
+
+    def _stall_since(self) -> float:
+        return time.monotonic() - self._stall.waited_s
+
+    async def _wait(self, awaited: str) -> None:
+        await self._stall.waiting(
+            awaited, ready_tokens=self._batcher.ready_tokens, paused=self._keeper.poll.paused
+        )
+        await self._shutdown.sleep(_POLL_S)
+
+    def _status(self, doing: str) -> None:
+        self._keeper.status = {
+            "doing": doing,
+            "step": self.state.step,
+            "steps": self._config.learner.steps,
+            "policy_version": self.state.policy_version,
+            "carried": len(self.state.carry),
+        }

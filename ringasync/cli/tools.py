@@ -1,0 +1,113 @@
+"""Commands that look at a run: live, or what is left of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+from rich.console import Console, RenderableType
+
+from ringasync.broker.client import Broker
+from ringasync.cli.options import RedisUrlOption, RunOption, RunsDirOption
+from ringasync.cli.target import Target, broker_of, config_of, resolve_target
+from ringasync.errors import ConfigError
+from ringasync.observability.record_views import render_audit, render_inspect, render_samples
+
+RUNS_DIR = Path("runs")
+
+_T = TypeVar("_T")
+
+
+def ask(target: Target, question: Callable[[Broker], Awaitable[_T]]) -> _T:
+    """Connect to the run's broker, ask, and give the answer back."""
+
+    async def body() -> _T:
+        async with broker_of(target) as broker:
+            return await question(broker)
+
+    return asyncio.run(body())
+
+
+def top(
+    run: RunOption = "", redis_url: RedisUrlOption = "", runs_dir: RunsDirOption = RUNS_DIR
+) -> None:
+    """Watch a run live: reward, tokens/s, staleness, queues, who does what. Ctrl-C leaves.
+
+    Example (from another machine): ringasync top --run demo --redis-url redis://10.0.0.5:6379/0
+    """
+    target = resolve_target(run, redis_url, runs_dir)
+    if not target.redis_url:
+        raise ConfigError(f"run {target.name!r} is not up; see `ringasync report {target.name}`")
+    from ringasync.observability.view import live_view
+
+    async def watch(broker: Broker) -> None:
+        await live_view(broker, await config_of(broker), asyncio.Event())
+
+    ask(target, watch)
+
+
+def inspect(
+    rollout: Annotated[str, typer.Argument(metavar="ROLLOUT", help="Its id, such as g000012.3.")],
+    run: RunOption = "",
+    redis_url: RedisUrlOption = "",
+    runs_dir: RunsDirOption = RUNS_DIR,
+) -> None:
+    """Show the life of one rollout: when, who, which version, how many tokens, why.
+
+    Exit code 1 when nothing is known of it: it never was, or its record is gone after an hour.
+
+    Example: ringasync inspect g000012.3
+    """
+    target = resolve_target(run, redis_url, runs_dir)
+
+    async def read(broker: Broker) -> tuple[RenderableType, bool]:
+        fields, history = await broker.rollout(rollout), await broker.history(rollout)
+        group = await broker.group(rollout.rpartition(".")[0])
+        return render_inspect(rollout, fields, history, group), bool(fields or history)
+
+    shown, found = ask(target, read)
+    Console().print(shown)
+    raise typer.Exit(0 if found else 1)
+
+
+def samples(
+    run: RunOption = "",
+    redis_url: RedisUrlOption = "",
+    runs_dir: RunsDirOption = RUNS_DIR,
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="How many, newest first.")] = 8,
+) -> None:
+    """Show the newest graded answers as text with their rewards.
+
+    Example: ringasync samples -n 20
+    """
+    target = resolve_target(run, redis_url, runs_dir)
+    found = ask(target, lambda broker: broker.samples(count))
+    Console().print(render_samples(found))
+
+
+def audit(
+    run: RunOption = "", redis_url: RedisUrlOption = "", runs_dir: RunsDirOption = RUNS_DIR
+) -> None:
+    """Recount every accepted token and compare with the accounts. Exit 0 balanced, 1 not.
+
+    Works at any moment, also while workers are being killed.
+
+    Example: ringasync audit --run demo
+    """
+    target = resolve_target(run, redis_url, runs_dir)
+    found = ask(target, lambda broker: broker.audit())
+    Console().print(render_audit(found))
+    raise typer.Exit(0 if found.balanced else 1)
+
+
+def report(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Name or folder of the run.")] = "",
+    runs_dir: RunsDirOption = RUNS_DIR,
+) -> None:
+    """Write report.html and summary.json of a run from its metrics; also while it runs.
+
+    Example: ringasync report demo
+    """

@@ -1,0 +1,117 @@
+"""Single records for people: a rollout's life, graded answers, the audit. Pure."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from ringasync.broker.types import AuditReport
+from ringasync.observability.plain import plain, printable
+
+_TEXT_CHARS = 4000
+_SHOWN_FIELDS = (
+    "group", "kind", "state", "worker", "tokens", "length", "versions", "retention", "attempts",
+    "grade_attempts", "finish", "reward", "reason",
+)  # fmt: skip
+
+
+def render_inspect(
+    rollout_id: str,
+    fields: Mapping[str, str] | None,
+    history: Sequence[Mapping[str, Any]],
+    group: Mapping[str, str] | None = None,
+) -> RenderableType:
+    """The life of one rollout: its fields, then when, what, who, which version, tokens, why."""
+    if not fields and not history:
+        return plain(f"nothing is known of {rollout_id}: no such rollout, or gone for an hour")
+    parts: list[RenderableType] = [Panel(_fields(fields or {}, group), title=plain(rollout_id))]
+    table = Table(expand=True, box=None, header_style="bold")
+    for heading in ("when", "after", "event", "who", "version", "tokens", "why"):
+        table.add_column(heading, overflow="fold")
+    first_ms = int(history[0].get("t_ms", 0)) if history else 0
+    for entry in history:
+        at_ms = int(entry.get("t_ms", 0))
+        why = entry.get("why") or (f"reward {entry['reward']}" if "reward" in entry else "")
+        table.add_row(
+            Text(time.strftime("%H:%M:%S", time.localtime(at_ms / 1000))),
+            Text(f"{(at_ms - first_ms) / 1000:.1f} s"),
+            plain(entry.get("event", "?")),
+            plain(entry.get("worker", "")),
+            plain(entry.get("versions") or entry.get("version", "")),
+            plain(entry.get("tokens", "")),
+            plain(why),
+        )
+    parts.append(table)
+    return Group(*parts)
+
+
+def render_samples(samples: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """Graded answers, one panel each: prompt, answer, reward."""
+    if not samples:
+        return Text("no answer has been graded yet")
+    return Group(*(_sample(sample) for sample in samples))
+
+
+def render_audit(report: AuditReport) -> RenderableType:
+    """The accounts beside what the records say; differences and broken links in red."""
+    table = Table(box=None, header_style="bold")
+    table.add_column("account")
+    for heading in ("counter", "recounted", "difference"):
+        table.add_column(heading, justify="right")
+    for account, tokens in report.counters.items():
+        difference = report.differences.get(account, 0)
+        table.add_row(
+            plain(account),
+            Text(f"{tokens:,}"),
+            Text(f"{report.recomputed.get(account, tokens):,}"),
+            Text(f"{difference:+,}" if difference else "", style="red"),
+        )
+    parts: list[RenderableType] = [table]
+    parts += [Text.assemble(("problem: ", "red"), plain(line)) for line in report.problems]
+    if report.balanced:
+        verdict = f"balanced: {report.accepted_tokens:,} accepted tokens, each in one account"
+        parts.append(Text(verdict, style="green"))
+    else:
+        parts.append(Text(f"OUT OF BALANCE: {report.accepted_tokens:,} accepted tokens", "red"))
+    return Group(*parts)
+
+
+def _fields(fields: Mapping[str, str], group: Mapping[str, str] | None) -> RenderableType:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim")
+    for name in _SHOWN_FIELDS:
+        if fields.get(name):
+            grid.add_row(Text(name), plain(fields[name]))
+    for name in ("state", "domain", "prompt", "reason"):
+        if group and group.get(name):
+            grid.add_row(Text(f"group's {name}"), plain(group[name]))
+    return grid
+
+
+def _sample(sample: Mapping[str, Any]) -> RenderableType:
+    title = " · ".join(
+        str(part)
+        for part in (
+            sample.get("rollout", "?"),
+            sample.get("kind", ""),
+            sample.get("domain", ""),
+            f"{sample.get('tokens', '?')} tokens",
+            f"version {sample.get('versions', '?')}",
+            f"reward {sample.get('reward', '?')}",
+        )
+        if part
+    )
+    reward = sample.get("reward")
+    good = isinstance(reward, int | float) and reward > 0
+    body = Text.assemble(
+        (printable(str(sample.get("prompt", "")), "\n\t")[:_TEXT_CHARS], "dim"),
+        "\n",
+        printable(str(sample.get("text", "")), "\n\t")[:_TEXT_CHARS],
+    )
+    return Panel(body, title=plain(title), border_style="green" if good else "yellow")

@@ -1,0 +1,108 @@
+"""Wires a rollout worker: logs, broker, weights, engine, grader."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+from pathlib import Path
+
+import xxhash
+
+from ringasync.broker.client import Broker
+from ringasync.config.load import config_hash
+from ringasync.config.schema import Config
+from ringasync.errors import JoinRefusedError, RingError
+from ringasync.observability.log import bind_identity, configure_logging, get_logger
+from ringasync.runtime.role import RoleArgs
+from ringasync.runtime.shutdown import Shutdown
+from ringasync.weights.build import make_transport
+from workers.engines.factory import EngineFactory, read_limits
+from workers.grader import Grader, tokenizer_decoder
+from workers.rollout_loop import RolloutWorker
+
+_RUN_POLL_S = 0.3
+
+log = get_logger()
+
+
+def default_worker_id() -> str:
+    """A name that no other living worker has: host and process."""
+    return f"w-{socket.gethostname()}-{os.getpid()}"
+
+
+async def work_role(args: RoleArgs, shutdown: Shutdown, worker_id: str = "") -> int:
+    """The role's body: join the run, generate until it is done or a stop is asked for.
+
+    Returns the exit code. Raises ``RingError`` with the code of what went wrong.
+    """
+    config, worker_id = args.config, worker_id or default_worker_id()
+    configure_logging("worker", config.run.name, config.run_dir, config.observability.log_level)
+    bind_identity(worker=worker_id)
+    broker = await Broker.connect(
+        args.redis_url,
+        config.run.name,
+        password=os.environ.get("RINGASYNC_REDIS_PASSWORD"),
+        connect_timeout_s=config.redis.connect_timeout_s,
+        retry_budget_s=config.redis.retry_budget_s,
+    )
+    try:
+        if not await _join(broker, config, shutdown):
+            return 0
+        with tempfile.TemporaryDirectory(prefix="ringasync-weights-") as scratch:
+            why = await _work(args, broker, shutdown, worker_id, Path(scratch))
+        log.info("worker ends", why=why)
+    finally:
+        await broker.close()
+    return 0
+
+
+async def _join(broker: Broker, config: Config, shutdown: Shutdown) -> bool:
+    """Wait for the coordinator to create the run, then check that it is ours; False on a stop."""
+    said = False
+    while not shutdown.is_requested:
+        try:
+            await broker.join_run(config_hash(config))
+        except JoinRefusedError:
+            raise
+        except RingError as error:
+            if type(error) is not RingError:
+                raise
+            if not said:
+                log.info("waiting for the coordinator", why=str(error))
+            said = True
+            await shutdown.sleep(_RUN_POLL_S)
+        else:
+            return True
+    return False
+
+
+async def _work(
+    args: RoleArgs, broker: Broker, shutdown: Shutdown, worker_id: str, scratch_dir: Path
+) -> str:
+    config = args.config
+    transport = make_transport(config, broker)
+    seed = xxhash.xxh32_intdigest(f"{config.run.seed}/{worker_id}".encode()) & 0x7FFFFFFF
+    grader: Grader | None = None
+    if config.grader.in_worker:
+        # It asks for the session's id at each call, so it may be made before the session.
+        grader = Grader(
+            broker, config, tokenizer_decoder(args.model), lambda: worker.session.session_id
+        )
+    worker = RolloutWorker(
+        config,
+        broker,
+        transport,
+        EngineFactory(config, seed),
+        lambda folder: read_limits(folder, config),
+        shutdown,
+        worker_id=worker_id,
+        scratch_dir=scratch_dir,
+        info={"host": socket.gethostname(), "pid": str(os.getpid())},
+        more_status=grader.status if grader is not None else dict,
+        companion=grader.run if grader is not None else None,
+    )
+    try:
+        return await worker.run()
+    finally:
+        await transport.close()

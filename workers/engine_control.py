@@ -1,0 +1,141 @@
+"""The one place that calls the engine: pauses for several reasons, swaps, tokens as they come."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from ringasync.errors import EngineError
+from ringasync.observability.log import get_logger
+from workers.engines.base import Engine, GenerationRequest, ScoreRequest, TokenChunk
+
+OnTokens = Callable[[Sequence[TokenChunk]], None]
+MakeEngine = Callable[[Path], Engine]
+"""Makes an unstarted engine for a weights folder (which says what EOS is)."""
+
+log = get_logger()
+
+
+class EngineControl:
+    """An engine with a pump for its tokens.
+
+    Calls are serialised, as the protocol wants. The engine steps only while nobody holds it:
+    ``hold`` and ``release`` take a reason, and the last reason to go resumes. ``failed`` is set
+    when the engine died; ``changed`` is set then too.
+    """
+
+    def __init__(self, make: MakeEngine, on_tokens: OnTokens, changed: asyncio.Event) -> None:
+        self._make = make
+        self._on_tokens = on_tokens
+        self._changed = changed
+        self._lock = asyncio.Lock()
+        self._reasons: set[str] = set()
+        self._engine: Engine | None = None
+        self._pump_task: asyncio.Task[None] | None = None
+        self.failed: EngineError | None = None
+
+    @property
+    def is_running(self) -> bool:
+        """Whether there is an engine that is not known to be dead."""
+        return self._engine is not None and self.failed is None
+
+    @property
+    def held_by(self) -> str:
+        """Why the engine is paused, for people; empty while it steps."""
+        return ", ".join(sorted(self._reasons))
+
+    async def start(self, weights_dir: Path, policy_version: int) -> None:
+        """Make an engine, held again for every reason that stands. Raises ``EngineError``."""
+        async with self._lock:
+            self.failed = None
+            engine = self._make(weights_dir)
+            self._engine = engine
+            await engine.start(weights_dir, policy_version)
+            if self._reasons:
+                await engine.pause()
+            self._pump_task = asyncio.create_task(self._pump(engine), name="engine-pump")
+
+    async def stop(self) -> None:
+        """End the engine, dead or alive."""
+        async with self._lock:
+            if self._pump_task is not None:
+                self._pump_task.cancel()
+                await asyncio.gather(self._pump_task, return_exceptions=True)
+                self._pump_task = None
+            engine, self._engine = self._engine, None
+            if engine is not None:
+                await engine.stop()
+
+    async def hold(self, reason: str) -> None:
+        """Pause; all tokens sampled so far have been handed on when this returns."""
+        async with self._lock:
+            try:
+                if not self._reasons and self.is_running:
+                    await self._alive().pause()
+            finally:
+                # A dead engine stands still too, and what it had sampled counts.
+                self._reasons.add(reason)
+                if self._engine is not None:
+                    self._hand_on(self._engine.drain())
+
+    async def release(self, reason: str) -> None:
+        """Withdraw a reason; resumes when none is left."""
+        async with self._lock:
+            if reason in self._reasons:
+                self._reasons.discard(reason)
+                if not self._reasons and self.is_running:
+                    await self._alive().resume()
+
+    async def submit(self, requests: Sequence[GenerationRequest]) -> None:
+        """Generate these."""
+        async with self._lock:
+            await self._alive().generate(requests)
+
+    async def abort(self, request_ids: Sequence[str]) -> None:
+        """Stop these; a dead engine has stopped them already."""
+        async with self._lock:
+            if request_ids and self.is_running:
+                await self._alive().abort(request_ids)
+
+    async def load(self, weights_dir: Path, policy_version: int) -> None:
+        """Swap weights; the caller holds the engine."""
+        async with self._lock:
+            await self._alive().load_weights(weights_dir, policy_version)
+
+    async def score(self, requests: Sequence[ScoreRequest]) -> list[npt.NDArray[np.float32]]:
+        """See ``Engine.score``."""
+        async with self._lock:
+            return await self._alive().score(requests)
+
+    async def read_back(self) -> dict[str, str]:
+        """See ``Engine.read_back``."""
+        async with self._lock:
+            return await self._alive().read_back()
+
+    def fail(self, error: EngineError) -> None:
+        """Note that the engine is dead."""
+        if self.failed is None:
+            log.error("engine failed", error=str(error))
+            self.failed = error
+        self._changed.set()
+
+    async def _pump(self, engine: Engine) -> None:
+        """Consumes: the engine's outputs. Produces: calls of ``on_tokens``. Ended by ``stop``."""
+        try:
+            while True:
+                self._hand_on(await engine.outputs())
+        except EngineError as error:
+            self.fail(error)
+
+    def _hand_on(self, chunks: Sequence[TokenChunk]) -> None:
+        if chunks:
+            self._on_tokens(chunks)
+
+    def _alive(self) -> Engine:
+        if self._engine is None or self.failed is not None:
+            raise EngineError(str(self.failed or "there is no engine"))
+        return self._engine

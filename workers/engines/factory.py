@@ -1,0 +1,84 @@
+"""Engines as a configuration asks for them, and what a weights folder says of its model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from ringasync.config.schema import Config
+from ringasync.errors import ConfigError, EngineError
+from workers.engines.base import Engine, SamplingParams
+from workers.intake import ModelLimits
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFactory:
+    """Makes engines for weights folders; ``seed`` differs between workers."""
+
+    config: Config
+    seed: int
+
+    def __call__(self, weights_dir: Path) -> Engine:
+        """An engine that is not started yet.
+
+        Raises ``ConfigError`` for an engine or option that this build does not have.
+        """
+        config, worker = self.config, self.config.worker
+        if worker.engine != "transformers":
+            raise ConfigError(
+                f"worker.engine = {worker.engine!r} is not in this build: use 'transformers'"
+            )
+        from workers.engines.transformers_engine import TransformersEngine, TransformersOptions
+
+        try:
+            options = TypeAdapter(TransformersOptions).validate_python(
+                worker.engine_options, extra="forbid"
+            )
+        except ValidationError as error:
+            raise ConfigError(f"worker.engine_options: {error}") from None
+        return TransformersEngine(
+            SamplingParams(
+                config.sampling.temperature, read_limits(weights_dir, config).eos_token_ids
+            ),
+            max_concurrent=worker.max_concurrent,
+            max_model_len_tokens=config.model.max_model_len_tokens,
+            seed=self.seed,
+            keep_kv=worker.kv == "keep",
+            threads=worker.threads,
+            options=options,
+        )
+
+
+def read_limits(weights_dir: Path, config: Config) -> ModelLimits:
+    """EOS ids, vocabulary and window, from ``config.json`` and ``generation_config.json``.
+
+    Raises ``EngineError`` when ``config.json`` is no JSON object.
+    """
+    model = _read_json(weights_dir / "config.json")
+    generation = weights_dir / "generation_config.json"
+    told = _read_json(generation) if generation.exists() else {}
+    eos: set[int] = set()
+    for fields in (model, told):
+        value = fields.get("eos_token_id")
+        eos.update(value if isinstance(value, list) else [] if value is None else [value])
+    window = config.model.max_model_len_tokens
+    trained = model.get("max_position_embeddings")
+    return ModelLimits(
+        window_tokens=min(window, trained) if isinstance(trained, int) else window,
+        eos_token_ids=tuple(sorted(eos)),
+        vocab_size=int(model.get("vocab_size") or 0),
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise EngineError(f"{path} cannot be read: {error}") from error
+    if not isinstance(fields, dict):
+        raise EngineError(f"{path} is not a JSON object")
+    return fields

@@ -1,0 +1,71 @@
+"""From leases to local rollouts: what can be generated, what is done already, what is poison."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ringasync.broker.types import Lease
+from ringasync.errors import SchemaError
+from ringasync.records.segment import decode_segment
+from ringasync.records.states import FinishReason
+from workers.buffers import LocalRollout, local_rollout
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLimits:
+    """What bounds a rollout: the window in tokens, EOS ids, and the vocabulary (0: unknown)."""
+
+    window_tokens: int
+    eos_token_ids: tuple[int, ...]
+    vocab_size: int = 0
+
+
+@dataclass(slots=True)
+class Intake:
+    """Leases sorted: ``generate`` for the engine, ``done`` complete, ``bad`` with a reason."""
+
+    generate: list[LocalRollout] = field(default_factory=list)
+    done: list[LocalRollout] = field(default_factory=list)
+    bad: list[tuple[Lease, str]] = field(default_factory=list)
+
+
+def sort_leases(leases: Sequence[Lease], limits: ModelLimits) -> Intake:
+    """Decode the prefixes and decide what becomes of each lease."""
+    intake = Intake()
+    for lease in leases:
+        problem = prompt_problem(lease.prompt_ids, limits)
+        if problem:
+            intake.bad.append((lease, problem))
+            continue
+        try:
+            rollout = local_rollout(lease, [decode_segment(raw) for raw in lease.segments])
+        except SchemaError as error:
+            intake.bad.append((lease, f"its record cannot be read: {error}"))
+            continue
+        rollout.finish = ended_already(rollout, limits)
+        (intake.generate if rollout.finish is None else intake.done).append(rollout)
+    return intake
+
+
+def prompt_problem(prompt_ids: Sequence[int], limits: ModelLimits) -> str:
+    """Why a prompt cannot be generated on; empty when it can."""
+    if not prompt_ids:
+        return "the prompt is empty"
+    if len(prompt_ids) >= limits.window_tokens:
+        return (
+            f"the prompt has {len(prompt_ids)} tokens and leaves no room in the model's window of "
+            f"{limits.window_tokens}"
+        )
+    if min(prompt_ids) < 0 or (limits.vocab_size and max(prompt_ids) >= limits.vocab_size):
+        return f"the prompt holds token ids outside the vocabulary of {limits.vocab_size}"
+    return ""
+
+
+def ended_already(rollout: LocalRollout, limits: ModelLimits) -> FinishReason | None:
+    """Whether what Redis holds is a whole response: its worker died between append and finish."""
+    if rollout.prefix_ids and rollout.prefix_ids[-1] in limits.eos_token_ids:
+        return FinishReason.STOP
+    if rollout.remaining_tokens(limits.window_tokens) <= 0:
+        return FinishReason.LENGTH
+    return None
