@@ -47,7 +47,7 @@ format: install-dev ## let ruff rewrite what it can
 	$(BIN)/ruff format .
 
 types: install-dev ## mypy, strict
-	$(BIN)/mypy $(SOURCES) tests
+	$(BIN)/mypy $(SOURCES) tests benchmarks
 
 bench: install-dev ## measure; results belong into docs/results/
 	$(BIN)/python -m benchmarks $(ARGS)

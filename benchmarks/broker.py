@@ -23,6 +23,7 @@ from benchmarks.machine import machine
 from benchmarks.redis_cost import Snapshot, snapshot
 from benchmarks.report import Result, Table, finish
 from benchmarks.stats import paired_ratios, percentile, spread
+from ringasync.observability.log import configure_logging
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,9 @@ class Settings:
     """Above 65,536 an id takes 4 bytes, else 2. The default is Qwen3's."""
     clients: tuple[int, ...] = (1, 64, 1000)
     latency_per_call: int = 16
-    latency_calls: int = 3000
-    """Calls of all clients together, for each row of latencies; at least 3 a client."""
-    steady_tokens_per_s: int = 1_000_000
+    latency_calls: int = 2000
+    """Calls of all clients together, for each row of latencies; at least 2 a client."""
+    steady_tokens_per_s: int = 500_000
 
 
 @dataclass
@@ -56,8 +57,9 @@ class Measured:
     wall_s: list[float] = field(default_factory=list)
     client_cpu_s: list[float] = field(default_factory=list)
     cost: list[Snapshot] = field(default_factory=list)
-    setup_bytes: list[float] = field(default_factory=list)
-    """Memory a rollout takes before its first token: hash, ticket, share of the group."""
+    empty_memory_bytes: list[float] = field(default_factory=list)
+    """Memory of a leased rollout before its first token: hash, history, share of the group."""
+    empty_aof_bytes: list[float] = field(default_factory=list)
 
     def rates(self) -> list[float]:
         """Appends a second."""
@@ -124,7 +126,9 @@ async def _round(arm: Arm, settings: Settings, into: Measured) -> Measured:
     into.client_cpu_s.append(time.process_time() - cpu_s)
     into.cost.append(await snapshot(arm.client) - before)
     into.appends.append(clients * calls * settings.per_call)
-    into.setup_bytes.append((before - empty).memory_bytes / (clients * held))
+    fed = before - empty
+    into.empty_memory_bytes.append(fed.memory_bytes / (clients * held))
+    into.empty_aof_bytes.append(fed.aof_bytes / (clients * held))
     return into
 
 
@@ -157,7 +161,7 @@ async def _steadily(writer: Writer, calls: int, interval_s: float) -> list[float
 
 async def _latency(arms: Sequence[Arm], clients: int, settings: Settings) -> list[list[Any]]:
     """Rows: clients, load, arm, p50 ms, p99 ms, appends/s."""
-    per_call, calls = settings.latency_per_call, max(3, settings.latency_calls // clients)
+    per_call, calls = settings.latency_per_call, max(2, settings.latency_calls // clients)
     tokens_a_call = per_call * settings.segment_tokens
     interval_s = clients * tokens_a_call / settings.steady_tokens_per_s
     rows = []
@@ -203,7 +207,8 @@ def _result(
             "client_cpu_us_per_append": spread(arm.client_us()).median,
             "memory_bytes_per_token": arm.bytes_a_token("memory_bytes", tokens),
             "aof_bytes_per_token": arm.bytes_a_token("aof_bytes", tokens),
-            "memory_bytes_per_empty_rollout": spread(arm.setup_bytes).median,
+            "memory_bytes_per_empty_rollout": spread(arm.empty_memory_bytes).median,
+            "aof_bytes_per_empty_rollout": spread(arm.empty_aof_bytes).median,
         }
         for name, arm in measured.items()
     }
@@ -247,11 +252,12 @@ def main(
     rounds: Annotated[int, typer.Option(help="Rounds of the throughput part.", min=1)] = 5,
     vocab_size: Annotated[int, typer.Option(help="Above 65536 ids take 4 bytes.")] = 151_936,
     clients: Annotated[list[int] | None, typer.Option(help="Clients; repeat the option.")] = None,
-    latency_calls: Annotated[int, typer.Option(help="Calls for each row of latencies.")] = 3000,
+    latency_calls: Annotated[int, typer.Option(help="Calls for each row of latencies.")] = 2000,
     out: Annotated[Path | None, typer.Option(help="Write OUT.json and OUT.md.")] = None,
 ) -> None:
     """Cost of append_many beside a bare XADD of the same bytes."""
     where = machine()
+    configure_logging("bench", "bench", None, "warning")
     settings = Settings(
         rounds=rounds,
         vocab_size=vocab_size,

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import psutil
 
-PACKAGES = ("ringasync", "redis", "hiredis", "uvloop", "numpy", "msgpack", "torch", "transformers")
+from ringasync import __version__
+
+PACKAGES = ("redis", "hiredis", "uvloop", "numpy", "msgpack", "torch", "transformers")
 
 
 def today() -> str:
@@ -32,7 +34,9 @@ def machine() -> dict[str, str]:
         "system": f"{platform.system()} {platform.release()}",
         "load_average_before": " ".join(f"{load:.1f}" for load in os.getloadavg()),
         "python": platform.python_version(),
-        "packages": ", ".join(f"{name} {version(name)}" for name in PACKAGES),
+        "packages": ", ".join(
+            [f"ringasync {__version__}", *(f"{name} {version(name)}" for name in PACKAGES)]
+        ),
         "commit": _commit(),
         "command": command_line(),
     }
@@ -50,7 +54,8 @@ def command_line() -> str:
     """How this process was started, without the folders of this machine."""
     script = Path(sys.argv[0])
     name = script.parent.name if script.name == "__main__.py" else f"benchmarks.{script.stem}"
-    return " ".join(["python -m", name, *sys.argv[1:]])
+    arguments = (Path(part).name if Path(part).is_absolute() else part for part in sys.argv[1:])
+    return " ".join(["python -m", name, *arguments])
 
 
 def _cores() -> int:

@@ -9,6 +9,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,14 @@ _ROUND_TIMEOUT_S = 300.0
 _SETTLE_POLL_S = 0.02
 
 
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """CPU is of this process, all threads: it says more than time on a busy machine."""
+
+    tokens_per_s: float
+    cpu_us_per_token: float
+
+
 class Meter:
     """An engine that is lent out: it counts tokens, and starting or stopping it does nothing.
 
@@ -43,21 +52,21 @@ class Meter:
     def reset(self) -> None:
         """Begin a new measurement."""
         self.tokens = self.finished = 0
-        self._first_s: float | None = None
-        self._last_s = 0.0
+        self._first: tuple[float, float] | None = None
+        self._last = (0.0, 0.0)
 
-    @property
-    def tokens_per_s(self) -> float:
-        """Rate of this measurement; 0 before the first token."""
-        if self._first_s is None or self._last_s <= self._first_s:
-            return 0.0
-        return self.tokens / (self._last_s - self._first_s)
+    def speed(self) -> Speed:
+        """What this measurement found. Raises ``ValueError`` before the first token."""
+        if self._first is None or self._last <= self._first:
+            raise ValueError("nothing was generated")
+        wall_s, cpu_s = (last - first for last, first in zip(self._last, self._first, strict=True))
+        return Speed(self.tokens / wall_s, cpu_s / self.tokens * 1e6)
 
     def _count(self, chunks: list[TokenChunk]) -> list[TokenChunk]:
         self.tokens += sum(len(chunk.token_ids) for chunk in chunks)
         self.finished += sum(chunk.finish is not None for chunk in chunks)
         if chunks:
-            self._last_s = time.perf_counter()
+            self._last = _clocks()
         return chunks
 
     async def start(self, weights_dir: Path, policy_version: int) -> None:
@@ -68,8 +77,8 @@ class Meter:
 
     async def generate(self, requests: Sequence[GenerationRequest]) -> None:
         """See ``Engine.generate``."""
-        if self._first_s is None and requests:
-            self._first_s = time.perf_counter()
+        if self._first is None and requests:
+            self._first = _clocks()
         await self._engine.generate(requests)
 
     async def outputs(self) -> list[TokenChunk]:
@@ -105,8 +114,8 @@ class Meter:
         return await self._engine.read_back()
 
 
-async def bare_round(meter: Meter, groups: Sequence[NewGroup]) -> float:
-    """All rollouts of ``groups`` by the engine alone, output read and dropped; tokens/s."""
+async def bare_round(meter: Meter, groups: Sequence[NewGroup]) -> Speed:
+    """All rollouts of ``groups`` by the engine alone, output read and dropped."""
     requests = [
         GenerationRequest(f"{g.group_id}.{i}", g.prompt_ids, (), g.max_new_tokens, i)
         for g in groups
@@ -118,7 +127,7 @@ async def bare_round(meter: Meter, groups: Sequence[NewGroup]) -> float:
         while meter.finished < len(requests):
             await meter.outputs()
     _check(meter, groups)
-    return meter.tokens_per_s
+    return meter.speed()
 
 
 class WorkerRounds:
@@ -129,8 +138,8 @@ class WorkerRounds:
         self._weights_dir, self._limits = weights_dir, limits
         self._rounds = itertools.count(1)
 
-    async def round(self, meter: Meter, groups: Sequence[NewGroup]) -> float:
-        """All rollouts of ``groups`` by the worker; tokens/s."""
+    async def round(self, meter: Meter, groups: Sequence[NewGroup]) -> Speed:
+        """All rollouts of ``groups`` by the worker."""
         run = self._config.run.model_copy(update={"name": f"bench-{next(self._rounds)}"})
         config = self._config.model_copy(update={"run": run})
         broker = await Broker.connect(self._url, run.name)
@@ -144,7 +153,7 @@ class WorkerRounds:
             await broker.delete_run()
         finally:
             await broker.close()
-        return meter.tokens_per_s
+        return meter.speed()
 
     async def _publish(self, broker: Broker, config: Config) -> None:
         transport = make_transport(config, broker)
@@ -172,12 +181,16 @@ class WorkerRounds:
             async with asyncio.timeout(_ROUND_TIMEOUT_S), asyncio.TaskGroup() as tasks:
                 running = tasks.create_task(worker.run())
                 while worker.flusher.finished < rollouts and not running.done():
-                    await asyncio.sleep(_SETTLE_POLL_S)
+                    await asyncio.wait([running], timeout=_SETTLE_POLL_S)
                 shutdown.request("the benchmark is over")
         finally:
             await transport.close()
         accepted = (await broker.ledger()).get("accepted", 0)
         assert accepted == meter.tokens, f"Redis holds {accepted} of {meter.tokens} tokens"
+
+
+def _clocks() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
 
 
 def _check(meter: Meter, groups: Sequence[NewGroup]) -> None:

@@ -7,10 +7,11 @@ after fsync. A torn tail is cut when the journal is opened; other damage is a ``
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 import msgpack
 
@@ -29,6 +30,7 @@ from ringasync import SCHEMA_VERSION
 from ringasync.errors import FencedError, JournalError
 
 DEFAULT_FILE_BYTES = 64 << 20
+_MAX_REMEMBERED_GROUPS = 100_000
 _MARKER_BYTES = 4096
 """A marker frame is far smaller."""
 
@@ -66,9 +68,10 @@ class Journal:
         self.life = life
         self._links = chain.links
         self.entries = chain.entries
+        self._groups = chain.groups
         self._end = chain.end
         self._file_bytes = file_bytes
-        self._file: BinaryIO | None = None
+        self._file: FileIO | None = None
         self._file_base = 0
 
     @classmethod
@@ -107,7 +110,12 @@ class Journal:
         offset = self._write(fields)
         entry = Entry(record.batch_id, record.step, offset, self._end, record.policy_version)
         self.entries.append(entry)
+        _remember(self._groups, record.trajectories_per_group)
         return entry
+
+    def holds(self, group_ids: Iterable[str]) -> list[str]:
+        """Which of these groups are journalled already, of the last hundred thousand."""
+        return [group_id for group_id in group_ids if group_id in self._groups]
 
     def read(self, offset: int = 0) -> Iterator[tuple[Entry, BatchRecord]]:
         """Records that begin at ``offset`` or later, in order."""
@@ -135,7 +143,7 @@ class Journal:
         self.close()
         path = self._directory / file_name(self.life, self._end)
         try:
-            self._file = path.open("xb")
+            self._file = path.open("xb", buffering=0)
         except FileExistsError as error:
             raise FencedError(f"{path} exists: another learner opened this journal") from error
         except OSError as error:
@@ -151,11 +159,13 @@ class Journal:
         start = self._end - self._file_base
         data = encode_frame(bytes(msgpack.packb(fields)))
         try:
-            file.write(data)
-            file.flush()
+            rest = memoryview(data)
+            while rest:
+                rest = rest[file.write(rest) :]
             os.fsync(file.fileno())
         except OSError as error:
             os.ftruncate(file.fileno(), start)
+            file.seek(start)
             raise JournalError(
                 f"cannot write the journal in {self._directory}: {error}. Free disk space and "
                 "start the learner again: it goes on from here"
@@ -169,12 +179,13 @@ class Journal:
 class _Chain:
     links: list[_Link]
     entries: list[Entry]
+    groups: dict[str, None]
     end: int
 
 
 def scan(directory: Path, run: str) -> _Chain:
     """Walk the whole chain. Raises ``JournalError`` on damage before the tail or another run."""
-    chain = _Chain([], [], 0)
+    chain = _Chain([], [], {}, 0)
     for file, limit in _chain_files(directory):
         if not chain.links or chain.links[-1].life != file.life:
             chain.links.append(_Link(file.life, file.base))
@@ -184,12 +195,20 @@ def scan(directory: Path, run: str) -> _Chain:
             fields = _fields(frame)
             if fields.get("kind") == "batch":
                 chain.entries.append(_entry(frame, fields))
+                _remember(chain.groups, (str(group[0]) for group in fields["groups"]))
             elif fields.get("run") != run:
                 raise JournalError(
                     f"{file.path} belongs to run {fields.get('run')!r}, not to {run!r}"
                 )
             chain.end = frame.end
     return chain
+
+
+def _remember(groups: dict[str, None], new: Iterable[str]) -> None:
+    """Add group ids, oldest out first: Redis can only lose, and show again, the newest."""
+    groups.update(dict.fromkeys(new))
+    while len(groups) > _MAX_REMEMBERED_GROUPS:
+        del groups[next(iter(groups))]
 
 
 def _chain_files(directory: Path) -> list[tuple[JournalFile, int | None]]:

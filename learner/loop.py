@@ -14,6 +14,7 @@ unblocked by   graders finishing groups, the end of the data, a shutdown
 
 from __future__ import annotations
 
+import asyncio
 import time
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from ringasync.broker.client import Broker
 from ringasync.broker.types import Fence
 from ringasync.config.schema import Config
 from ringasync.errors import InvariantError
+from ringasync.observability.log import bind_identity
 from ringasync.records.states import GroupState, Phase
 from ringasync.runtime import crashpoints
 from ringasync.runtime.shutdown import Shutdown
@@ -83,6 +85,7 @@ class LearnerLoop:
         self._batcher = Batcher(broker, fence, config)
         self._stall = StallWatch(broker, config.learner.stall_report_s)
         self._incarnation = keeper.poll.incarnation
+        self._complete = False
         self._log = structlog.get_logger(__name__)
 
     @property
@@ -102,7 +105,7 @@ class LearnerLoop:
             going = await (self._pipelined_step() if pipelined else self._rounds_step())
         self._status("saving")
         await self._checkpoint_if_new(StepTimes())
-        done = self.state.step >= self._config.learner.steps
+        done = self._complete or self.state.step >= self._config.learner.steps
         self._status("done" if done else "stopped")
         await self._keeper.beat()
         self._log.info(
@@ -117,12 +120,15 @@ class LearnerLoop:
             or phase_done
         )
 
+    def _interrupted(self) -> bool:
+        return self._finished() or self._keeper.poll.incarnation != self._incarnation
+
     # Steps
 
     async def _pipelined_step(self) -> bool:
         """Wait for Phi tokens and train them; False when the data have ended."""
         self._status("waiting for ready tokens")
-        while not self._finished():
+        while not self._interrupted():
             began = time.monotonic()
             ended = self._keeper.poll.phase == Phase.FINISHING and await self._nothing_comes()
             record = await self._batcher.assemble(self._request(0, partial=ended))
@@ -132,15 +138,14 @@ class LearnerLoop:
                 await self._take_and_train(record, times)
                 return True
             if ended:
-                self._log.info("the data have ended", step=self.state.step)
-                return False
+                return self._data_ended()
             await self._wait(f"{self._config.schedule.budget.tokens} ready tokens")
-        return False
+        return True
 
     async def _rounds_step(self) -> bool:
         """Wait for the coordinator to hand a round over, train what is ready, finish the round."""
         self._status("waiting for a round")
-        while not self._finished():
+        while not self._interrupted():
             began = time.monotonic()
             poll = await self._keeper.beat()
             if poll.round_state == "training":
@@ -150,7 +155,7 @@ class LearnerLoop:
             if poll.phase == Phase.FINISHING and poll.round_state == "none":
                 return await self._last_batches()
             await self._wait(f"round {poll.round_id} (now {poll.round_state}) to be handed over")
-        return False
+        return True
 
     async def _train_round(self, round_id: int, times: StepTimes) -> None:
         # A life that died between training and finish_round must not train the round twice.
@@ -173,9 +178,14 @@ class LearnerLoop:
             return True
         record = await self._batcher.assemble(self._request(0, partial=True))
         if record is None:
-            return False
+            return self._data_ended()
         await self._take_and_train(record, StepTimes())
         return True
+
+    def _data_ended(self) -> bool:
+        self._log.info("the data have ended", step=self.state.step)
+        self._complete = True
+        return False
 
     def _request(self, round_id: int, *, partial: bool) -> BatchRequest:
         return BatchRequest(
@@ -194,8 +204,14 @@ class LearnerLoop:
     async def _take_and_train(self, record: BatchRecord, times: StepTimes) -> None:
         """Journal, commit, train, mark, publish, checkpoint: the only way a batch is trained."""
         began = time.monotonic()
+        again = self._journal.holds(record.trajectories_per_group)
+        if again:  # Redis lost its tail and nobody has noticed yet
+            self._log.warning("groups that were taken before are ready again", groups=again)
+            await self._broker.release(self._fence, record.batch_id)
+            await self._reconcile()
+            return
         self._status("training")
-        entry = self._journal.append(record)
+        entry = await asyncio.to_thread(self._journal.append, record)
         crashpoints.reach("journalled", record.step)
         await self._agreed(record, commit=True)
         crashpoints.reach("committed", record.step)
@@ -291,7 +307,7 @@ class LearnerLoop:
         if self.state.published_step == self.state.step or self._behind():
             return
         began = time.monotonic()
-        pinned = self._keeper.poll.pin_version
+        pinned = (await self._keeper.beat()).pin_version
         publication = Publication(
             self.state.step,
             self.state.fork_step,
@@ -300,12 +316,13 @@ class LearnerLoop:
         )
         self.state.policy_version = await self._publisher.publish(publication)
         self.state.published_step = self.state.step
-        structlog.contextvars.bind_contextvars(policy_version=self.state.policy_version)
+        bind_identity(policy_version=self.state.policy_version)
         times.publish_s += time.monotonic() - began
 
     def _behind(self) -> bool:
         """Whether the journal still holds batches that are not in the weights."""
-        return any(entry.offset >= self.state.journal_offset for entry in self._journal.entries)
+        entries = self._journal.entries
+        return bool(entries) and entries[-1].offset >= self.state.journal_offset
 
     async def _checkpoint_if_new(self, times: StepTimes) -> None:
         if self.state.checkpoint_step == self.state.step:

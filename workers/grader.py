@@ -18,7 +18,6 @@ from typing import Any
 
 from ringasync.broker.client import Broker
 from ringasync.broker.types import GradeJob, Verdict
-from ringasync.config.load import config_hash
 from ringasync.config.schema import Config
 from ringasync.errors import BrokerUnreachableError, SchemaError, SessionLostError, VerifierError
 from ringasync.observability.log import bind_identity, configure_logging, get_logger
@@ -28,6 +27,7 @@ from ringasync.records.trajectory import join_segments
 from ringasync.rewards.pool import VerifierPool
 from ringasync.runtime.role import RoleArgs, parse_role, run_role
 from ringasync.runtime.shutdown import Shutdown
+from workers.joining import join_when_created
 
 Decode = Callable[[Sequence[int]], str]
 """Token ids of a response to text, special tokens left out."""
@@ -277,9 +277,9 @@ async def grade_role(args: RoleArgs, shutdown: Shutdown) -> int:
         retry_budget_s=config.redis.retry_budget_s,
     )
     try:
-        await broker.join_run(config_hash(config))
-        log.info("grading", processes=config.grader.processes)
-        await GraderRole(broker, args, name).run(shutdown.requested)
+        if await join_when_created(broker, config, shutdown):
+            log.info("grading", processes=config.grader.processes)
+            await GraderRole(broker, args, name).run(shutdown.requested)
     finally:
         await broker.close()
     return 0

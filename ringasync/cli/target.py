@@ -39,7 +39,7 @@ def resolve_target(run: str, redis_url: str, runs_dir: Path) -> Target:
         config = load_config(Path(run))
         return _target(config.run.name, config.run_dir, redis_url or _configured_url(config))
     if run:
-        folder = Path(run) if Path(run).is_dir() and "/" in run else runs_dir / run
+        folder = _named(run, runs_dir)
         return _target(folder.name, folder, redis_url)
     newest = newest_run(runs_dir)
     if newest is None:
@@ -48,6 +48,28 @@ def resolve_target(run: str, redis_url: str, runs_dir: Path) -> Target:
             "(and its broker by --redis-url when it runs on another machine)"
         )
     return _target(newest.name, newest, redis_url)
+
+
+def resolve_run_dir(run: str, runs_dir: Path) -> Path:
+    """The folder of a run whose files are here; its broker need not be.
+
+    Raises:
+        ConfigError: there is no such run in ``runs_dir``.
+    """
+    folder = _named(run, runs_dir) if run else newest_run(runs_dir)
+    if folder is None or read_record(folder) is None:
+        raise ConfigError(_no_such_run(run, runs_dir))
+    return folder
+
+
+def _named(run: str, runs_dir: Path) -> Path:
+    return Path(run) if "/" in run and Path(run).is_dir() else runs_dir / run
+
+
+def _no_such_run(name: str, runs_dir: Path) -> str:
+    known = ", ".join(sorted(path.parent.name for path in runs_dir.glob("*/run.json"))) or "none"
+    what = f"no run {name!r}" if name else "no run"
+    return f"{what} in {runs_dir}/ (there: {known})"
 
 
 def _configured_url(config: Config) -> str:
@@ -62,10 +84,8 @@ def _target(name: str, run_dir: Path, redis_url: str) -> Target:
         return Target(name, run_dir, live_url(embedded) or "")
     record = read_record(run_dir)
     if record is None:
-        known = sorted(path.parent.name for path in run_dir.parent.glob("*/run.json"))
         raise ConfigError(
-            f"no run {name!r} in {run_dir.parent}/ "
-            f"(there: {', '.join(known) or 'none'}); give its broker's address by --redis-url"
+            _no_such_run(name, run_dir.parent) + "; give its broker's address by --redis-url"
         )
     return Target(name, run_dir, record.redis_url)
 

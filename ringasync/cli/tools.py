@@ -12,9 +12,10 @@ from rich.console import Console, RenderableType
 
 from ringasync.broker.client import Broker
 from ringasync.cli.options import RedisUrlOption, RunOption, RunsDirOption
-from ringasync.cli.target import Target, broker_of, config_of, resolve_target
+from ringasync.cli.target import Target, broker_of, config_of, resolve_run_dir, resolve_target
 from ringasync.errors import ConfigError
 from ringasync.observability.record_views import render_audit, render_inspect, render_samples
+from ringasync.runtime.summary import read_summary, summary_lines
 
 RUNS_DIR = Path("runs")
 
@@ -104,10 +105,19 @@ def audit(
 
 
 def report(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="Name or folder of the run.")] = "",
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help="Name or folder; default: the newest run.")
+    ] = "",
     runs_dir: RunsDirOption = RUNS_DIR,
 ) -> None:
-    """Write report.html and summary.json of a run from its metrics; also while it runs.
+    """Write report.html of a run from its metrics, and print its summary; also while it runs.
 
     Example: ringasync report demo
     """
+    from ringasync.observability.report import write_report
+
+    run_dir = resolve_run_dir(run, runs_dir)
+    path = write_report(run_dir)
+    for line in summary_lines(read_summary(run_dir) or {}, run_dir):
+        typer.echo(line)
+    typer.echo(f"written: {path}")

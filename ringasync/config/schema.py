@@ -76,6 +76,10 @@ class TaskConfig(_Section):
     split: str = "train"
     prompt_field: str = "prompt"
     answer_field: str = "answer"
+    answer_mark: str = ""
+    """reasoning_gym: the answer is what follows the last such mark; empty: the whole response."""
+    compact: bool = False
+    """Short form of the question, for small character-level models."""
     verifier: str = ""
     """Empty: the kind's own; else ``exact``, ``math_verify`` or ``python:pkg.mod:function``."""
 

@@ -23,7 +23,7 @@ from ringasync.coordinator.rounds_loop import RoundsSchedule
 from ringasync.coordinator.seat import Seat
 from ringasync.coordinator.summary import build_summary, write_summary
 from ringasync.coordinator.watchdog import Watchdog
-from ringasync.errors import FencedError, RingError
+from ringasync.errors import EnvironmentRefusedError, RingError
 from ringasync.observability.log import get_logger
 from ringasync.records.states import Phase
 from ringasync.runtime.shutdown import Shutdown
@@ -95,16 +95,16 @@ class Coordinator:
 
     async def _hold_seat(self, broker: Broker, source: PromptSource) -> bool:
         """Take the seat and serve; False when Redis came back empty and it must begin again."""
+        config_json, digest = resolved_json(self._config), config_hash(self._config)
+        new = await broker.create_run(config_json, digest, self._config.schedule.mode)
         seat = Seat(broker, self._config, self._shutdown)
         if not await seat.take():
             return True
-        config_json, digest = resolved_json(self._config), config_hash(self._config)
-        new = await broker.create_run(config_json, digest, self._config.schedule.mode)
         log.info("coordinator begins", new_run=new, fence=seat.fence.token, config_hash=digest)
         try:
             await self._serve(seat, source)
-        except FencedError:
-            if await _run_exists(broker):
+        except RingError as error:
+            if isinstance(error, EnvironmentRefusedError) or await _run_exists(broker):
                 raise
             log.warning("redis came back empty: taking the seat again")
             return False

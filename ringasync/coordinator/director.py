@@ -54,11 +54,11 @@ class Director:
     async def turn(self) -> bool:
         """One turn; True once nothing is left to do."""
         broker = self._seat.broker
-        poll = await self._seat.beat()
+        poll = await self._seat.fresh_poll()
         backlog, ledger = await broker.backlog(), await broker.ledger()
         over = await self._training_is_over(poll, backlog)
         await self._evaluator.turn(poll, backlog, training_is_over=over)
-        doing = await self._feed(poll, backlog, ledger)
+        doing = await self._feed(self._seat.poll, backlog, ledger)
         if self._evaluator.running:
             doing = f"evaluation {self._evaluator.running}, {self._evaluator.missing} open; {doing}"
         self._seat.status["doing"] = doing
@@ -99,7 +99,7 @@ class Director:
         return backlog.open_rollouts == 0 and backlog.grading_jobs == 0
 
     async def _training_is_over(self, poll: Poll, backlog: Backlog) -> bool:
-        """Whether the final version is out: all steps are done, or what the data gave is trained."""
+        """Whether the final version is out: all steps done, or all that the data gave trained."""
         steps = self._seat.config.learner.steps
         if poll.learner_step >= steps:
             await self._set_phase(Phase.FINISHING)
@@ -114,6 +114,7 @@ class Director:
     async def _set_phase(self, phase: Phase) -> None:
         if self._seat.poll.phase != phase:
             await self._seat.broker.set_phase(self._seat.fence, phase)
+            await self._seat.beat()
             log.info("phase", phase=phase.value, learner_step=self._seat.poll.learner_step)
 
     def _say_refusal(self, refusal: str) -> None:

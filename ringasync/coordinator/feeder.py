@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ class Cursor:
 
     next_index: int = 0
     life: int = 0
-    closed: DataPosition = DataPosition()
+    closed: DataPosition = field(default_factory=DataPosition)
     ended: bool = False
 
     @property
@@ -87,6 +87,9 @@ class Feeder:
             log.info("feeding goes on", next_index=self._cursor.next_index)
             return
         self._cursor = await asyncio.to_thread(_first_cursor, self._seat.run_dir)
+        # Stored before anything else is fed: an empty cursor means an empty Redis, nothing else.
+        request = f"cursor:{self._seat.fence.token}:{self._cursor.life}"
+        await self._seat.broker.feed(self._seat.fence, request, [], self._cursor.to_json())
         if self._cursor.life:
             log.warning(
                 "redis has no data cursor: going on from the newest checkpoint",

@@ -6,6 +6,7 @@ position: a start goes on after the last id in it, and the streams are trimmed b
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from typing import Any
@@ -40,6 +41,7 @@ class Recorder:
             seat.run_dir / "tensorboard", wanted=seat.config.observability.tensorboard
         )
         self._listeners: list[OutcomeListener] = []
+        self._reading = asyncio.Lock()
         self._snapshot_s = self._trim_s = 0.0
         self._last_outcome_ms = 0
         self.history = RunHistory()
@@ -71,11 +73,12 @@ class Recorder:
             await self._seat.pause(RECORD_EVERY_S)
 
     async def record(self) -> None:
-        """Record everything that is in the streams now."""
-        while await self._record_outcomes():
-            pass
-        while await self._record_metrics():
-            pass
+        """Record everything that is in the streams now; two callers never read the same entry."""
+        async with self._reading:
+            while await self._record_outcomes():
+                pass
+            while await self._record_metrics():
+                pass
 
     async def _record_outcomes(self) -> bool:
         after = self.history.last_ids.get("outcomes", "0")
@@ -179,7 +182,7 @@ def outcome_line(outcome: Outcome) -> dict[str, Any]:
 
 
 def metrics_line(entry_id: str, values: dict[str, Any]) -> dict[str, Any]:
-    """A metrics entry as a line: the learner's are ``step`` lines, others bear their role's name."""
+    """A metrics entry as a line: the learner's are ``step`` lines, others bear the role's name."""
     role = str(values.get("role", "unknown"))
     kind = values.get("kind", "step" if role == "learner" else role)
     return {**values, "kind": kind, "stream": "metrics", "id": entry_id}

@@ -18,6 +18,7 @@ from ringasync.runtime.shutdown import Shutdown
 
 ROLE = "coordinator"
 _SAY_STANDBY_EVERY_S = 10.0
+_POLL_AGE_S = 0.2
 
 log = get_logger(__name__)
 
@@ -42,6 +43,7 @@ class Seat:
         self._fence: Fence | None = None
         self._poll: Poll | None = None
         self._session_id = ""
+        self._polled_s = 0.0
 
     @property
     def fence(self) -> Fence:
@@ -97,8 +99,14 @@ class Seat:
         if poll is None or not poll.alive:
             await self._open_session()
             poll = await self._heartbeat()
-        self._poll = poll
+        self._poll, self._polled_s = poll, time.monotonic()
         return poll
+
+    async def fresh_poll(self) -> Poll:
+        """A poll that is at most ``_POLL_AGE_S`` old: heartbeats cost writes in Redis."""
+        if time.monotonic() - self._polled_s > _POLL_AGE_S:
+            return await self.beat()
+        return self.poll
 
     async def keep(self) -> None:
         """Hold the seat.

@@ -6,6 +6,7 @@ import bisect
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def read_run(run_dir: Path) -> RunMetrics:
     metrics.evals = {label: list(found.values()) for label, found in groups.items()}
     metrics.steps = [steps[step] for step in sorted(steps)]
     times = [at_ms_of(line) for line in metrics.steps]
-    metrics.step_times_ms = [max(times[: i + 1][-3:]) for i in range(len(times))]
+    metrics.step_times_ms = list(accumulate(times, max))
     return metrics
 
 

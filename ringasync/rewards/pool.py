@@ -75,8 +75,6 @@ class VerifierPool:
         Raises ``VerifierTimeoutError`` at the time limit and ``VerifierCrashError`` when the
         verifier raised, died, exceeded a limit or answered no finite number.
         """
-        if self._closed:
-            raise VerifierCrashError("the pool of verifiers is closed")
         child = await self._slots.get()
         try:
             if child is None or not child.running:
@@ -115,10 +113,14 @@ class VerifierPool:
     async def _replace(self, child: _Child | None) -> _Child:
         if child in self._alive:  # died while it was idle
             await self._kill(child)
+        if self._closed:
+            raise VerifierCrashError("the pool of verifiers is closed")
         began = time.monotonic()
         fresh = await _Child.start(self._memory_bytes)
         self._alive.add(fresh)
         try:
+            if self._closed:  # while it started, so that ``close`` did not see it
+                raise VerifierCrashError("the pool of verifiers is closed")
             await fresh.greet(self._start_timeout_s)
         except BaseException:
             await asyncio.shield(self._kill(fresh))

@@ -79,8 +79,9 @@ class RoleProcess:
 
     def terminate(self) -> None:
         """Ask the role itself to drain; its children end when it tells them to."""
-        if self.is_running:
-            self._process.terminate()
+        with contextlib.suppress(ProcessLookupError):  # it may end between look and signal
+            if self.is_running:
+                self._process.terminate()
 
     def kill_group(self) -> None:
         """SIGKILL the role and all of its children, also those left over after its own end."""

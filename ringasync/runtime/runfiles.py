@@ -26,6 +26,15 @@ from ringasync.errors import ConfigError, EnvironmentRefusedError, LockHeldError
 RECORD_FILE = "run.json"
 LOCK_FILE = "up.lock"
 
+OWN_NAMES = frozenset(
+    {
+        *(RECORD_FILE, LOCK_FILE, "config.json", "redis", "logs", "feeding.json"),
+        *("metrics.jsonl", "tensorboard", "summary.json", "report.html"),
+        *("weights", "publish", "checkpoints", "journal"),
+    }
+)
+"""What roles write into a run's folder. A folder that holds other things is somebody's own."""
+
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
@@ -43,6 +52,23 @@ class RunRecord:
         temporary = run_dir / f"{RECORD_FILE}.{os.getpid()}"
         temporary.write_text(json.dumps(safe, indent=2) + "\n", encoding="utf-8")
         temporary.replace(run_dir / RECORD_FILE)
+
+
+def begin_record(run_dir: Path, record: RunRecord) -> None:
+    """Mark the folder as this run's before anything else is written; a record there stays.
+
+    Raises:
+        ConfigError: the folder holds things that no run wrote, and ``rm`` would remove them.
+    """
+    if read_record(run_dir) is not None:
+        return
+    strange = sorted(path.name for path in run_dir.iterdir() if path.name not in OWN_NAMES)
+    if strange:
+        raise ConfigError(
+            f"{run_dir} holds things that belong to no run ({', '.join(strange[:3])}): "
+            "choose another run.name or run.dir"
+        )
+    record.write(run_dir)
 
 
 def read_record(run_dir: Path) -> RunRecord | None:

@@ -21,10 +21,13 @@ def read_summary(run_dir: Path) -> dict[str, Any] | None:
 
 
 def summary_lines(summary: Mapping[str, Any], run_dir: Path) -> Iterator[str]:
-    """A summary in words; what it does not hold is left out."""
+    """A summary in words; what it does not hold, or holds as null, is left out."""
+    summary = {name: value for name, value in summary.items() if value is not None}
     first, last = summary.get("eval_reward_first"), summary.get("eval_reward_last")
     if first is not None and last is not None:
-        yield f"held-out reward   {_reward(first)} -> {_reward(last)}{_interval(summary)}"
+        intervals = summary.get("eval_reward_ci95") or []
+        low, high = (_interval(intervals, end) for end in (0, -1))
+        yield f"held-out reward   {_reward(first)}{low} -> {_reward(last)}{high}"
     before, after = summary.get("train_reward_first"), summary.get("train_reward_last")
     if before is not None and after is not None:
         yield f"training reward   {_reward(before)} -> {_reward(after)} (first and last tenth)"
@@ -51,12 +54,9 @@ def _reward(value: object) -> str:
     return f"{value:.3f}" if isinstance(value, int | float) else str(value)
 
 
-def _interval(summary: Mapping[str, Any]) -> str:
-    """The 95 % interval, given as a half width or as a pair of bounds for each end of the run."""
-    interval = summary.get("eval_reward_ci95")
-    if isinstance(interval, int | float):
-        return f" (95 % interval +- {interval:.3f})"
-    if isinstance(interval, list) and interval:
-        bounds = interval[-1] if isinstance(interval[-1], list) else interval
-        return f" (95 % interval of the last {_reward(bounds[0])} to {_reward(bounds[-1])})"
-    return ""
+def _interval(intervals: object, end: int) -> str:
+    """The 95 % interval of the first (0) or last (-1) evaluation, as `` [low, high]``."""
+    found = intervals[end] if isinstance(intervals, list) and intervals else None
+    if not isinstance(found, list) or len(found) != 2:
+        return ""
+    return f" [{_reward(found[0])}, {_reward(found[1])}]"

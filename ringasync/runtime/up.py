@@ -13,13 +13,15 @@ from pathlib import Path
 from ringasync.broker.client import Broker
 from ringasync.config.load import config_hash, load_config, resolved_json
 from ringasync.config.schema import Config
+from ringasync.errors import RingError
 from ringasync.observability.view import live_view
+from ringasync.records.states import Phase
 from ringasync.runtime.process import RoleSpec
 from ringasync.runtime.progress import progress_lines
 from ringasync.runtime.redis_keeper import RedisKeeper
 from ringasync.runtime.role import EMBEDDED_URL_FILE, REDIS_URL_VARIABLE
 from ringasync.runtime.roles import Place, role_specs
-from ringasync.runtime.runfiles import RunRecord, claim, read_record, remove_files
+from ringasync.runtime.runfiles import RunRecord, begin_record, claim, read_record, remove_files
 from ringasync.runtime.shutdown import EXIT_INTERRUPTED, Shutdown
 from ringasync.runtime.starter import build_starter, starter_command
 from ringasync.runtime.summary import read_summary, summary_lines
@@ -77,6 +79,7 @@ class Up:
         with claim(config.run_dir):
             if self._options.fresh:
                 remove_files(config.run_dir)
+            begin_record(config.run_dir, self._record(config.redis.url, ""))
             async with AsyncExitStack() as stack:
                 url = await stack.enter_async_context(self._broker_up())
                 broker = await stack.enter_async_context(connected(config, url))
@@ -96,7 +99,10 @@ class Up:
         if model is None:
             return EXIT_INTERRUPTED
         place = Place(options.config_path, options.overrides, url, model)
-        self._record(url, model)
+        self._record(url, model).write(config.run_dir)
+        config.run_dir.joinpath("config.json").write_text(
+            resolved_json(config) + "\n", encoding="utf-8"
+        )
         specs = self._make_specs(config, place)
         self._supervisor = Supervisor(specs, config.run_dir / "logs", say=say, policy=self._policy)
         say(
@@ -153,20 +159,22 @@ class Up:
             yield embedded_url
 
     async def _is_done(self, broker: Broker) -> bool:
-        return (await broker.run_meta()).get("phase") == "done"
+        try:
+            return (await broker.run_meta()).get("phase") == Phase.DONE
+        except RingError as error:
+            if type(error) is not RingError:
+                raise
+            # Redis came back empty; the coordinator makes the run anew from its checkpoint.
+            return False
 
-    def _record(self, url: str, model: str) -> None:
-        config, options = self._config, self._options
-        config.run_dir.joinpath("config.json").write_text(
-            resolved_json(config) + "\n", encoding="utf-8"
-        )
-        RunRecord(
-            run=config.run.name,
-            config_file=str(options.config_path.resolve()),
-            config_hash=config_hash(config),
+    def _record(self, url: str, model: str) -> RunRecord:
+        return RunRecord(
+            run=self._config.run.name,
+            config_file=str(self._options.config_path.resolve()),
+            config_hash=config_hash(self._config),
             redis_url=url,
             model=model,
-        ).write(config.run_dir)
+        )
 
     def _say_finished(self) -> None:
         name, path = self._config.run.name, self._options.config_path
@@ -181,7 +189,7 @@ def _model_of_earlier_start(config: Config) -> str | None:
     record = read_record(config.run_dir)
     if record is None or record.config_hash != config_hash(config):
         return None
-    return record.model if Path(record.model).is_dir() else None
+    return record.model if record.model and Path(record.model).is_dir() else None
 
 
 @asynccontextmanager

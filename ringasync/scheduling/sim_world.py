@@ -60,6 +60,7 @@ class SimRollout:
     first_step: int = -1
     retention: int = 0
     finished: bool = False
+    graded: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -171,6 +172,14 @@ class World:
         for rollout in self.queue:
             rollout.retention += 1
 
+    def unfinished_tokens(self) -> int:
+        """What rollouts that are not finished hold by now."""
+        parked = sum(r.tokens for r in self.queue)
+        for worker in self.workers:
+            for rollout, (started, _) in worker.active.items():
+                parked += rollout.tokens + int((self.now - started) * worker.tokens_per_s)
+        return parked
+
     def drop(self, group: SimGroup) -> None:
         """Take a group's unfinished rollouts out of the queue (purge)."""
         gone = {r for r in group.rollouts if not r.finished}
@@ -218,6 +227,7 @@ class World:
 
     def _graded(self, rollout: SimRollout) -> None:
         self.grading -= 1
+        rollout.graded = True
         rollout.group.graded += 1
         self.on_graded(rollout)
 

@@ -7,211 +7,20 @@ the tests, and to choose settings for a length distribution before a long run.
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict, deque
-from dataclasses import dataclass, field
-
 from ringasync.scheduling.admission import GateSettings, GateView, admit
+from ringasync.scheduling.lag import OvertakingTracker, VersionLag
 from ringasync.scheduling.length_estimate import LengthEstimate
 from ringasync.scheduling.rounds import RoundSettings, RoundState, RoundView, next_action, to_purge
-from ringasync.scheduling.sim_world import (
-    LengthModel,
-    SimGroup,
-    SimRollout,
-    World,
-    WorldSettings,
+from ringasync.scheduling.sim_learner import (
+    Learner,
+    LearnerSettings,
+    RoundRecord,
+    SimResult,
+    SlotAccount,
 )
+from ringasync.scheduling.sim_world import LengthModel, SimGroup, SimRollout, World, WorldSettings
 
-
-@dataclass(frozen=True, slots=True)
-class LearnerSettings:
-    """Steps to do, seconds a step, share of complete groups filtered, and the reservation check.
-
-    ``drop_stale`` ends groups above ``max_staleness`` at reservation, as the broker does; without
-    it they are trained and only counted, which shows what the gate alone achieves. Without
-    ``cut_to_budget`` a batch is everything that waits, as Algorithm 1 has it.
-    """
-
-    steps: int = 200
-    step_s: float = 2.0
-    filtered_share: float = 0.0
-    max_staleness: int = 3
-    drop_stale: bool = True
-    cut_to_budget: bool = True
-
-
-@dataclass(slots=True)
-class RoundRecord:
-    """One round: which groups became complete in it, and unfinished ones as (finished, size)."""
-
-    completed: list[int] = field(default_factory=list)
-    buffer: dict[int, tuple[int, int]] = field(default_factory=dict)
-    counted_tokens: int = 0
-    trained_tokens: int = 0
-
-
-@dataclass(slots=True)
-class SimResult:
-    """What a simulation saw. Staleness histograms count trajectories (training) or groups."""
-
-    steps: int = 0
-    time_s: float = 0.0
-    stalled: bool = False
-    staleness_reserved: Counter[int] = field(default_factory=Counter)
-    staleness_trained: Counter[int] = field(default_factory=Counter)
-    ends: Counter[str] = field(default_factory=Counter)
-    tokens: Counter[str] = field(default_factory=Counter)
-    max_open_tokens: int = 0
-    """Most true tokens (full lengths) in open groups at any admission."""
-    max_estimated_tokens: float = 0.0
-    max_estimated_regular: float = 0.0
-    """The same estimate, at admissions within the limit (not by the liveness rule)."""
-    learner_wait_s: float = 0.0
-    busy_slot_s: float = 0.0
-    slots: int = 0
-    trained_lengths: list[int] = field(default_factory=list)
-    sampled_lengths: list[int] = field(default_factory=list)
-    rounds: list[RoundRecord] = field(default_factory=list)
-    min_pool_in_round: int = 1 << 62
-    max_pool: int = 0
-
-    @property
-    def stale_share(self) -> float:
-        """Share of trained and stale tokens that went stale."""
-        used = self.tokens["trained"] + self.tokens["masked"] + self.tokens["stale"]
-        return self.tokens["stale"] / used if used else 0.0
-
-    @property
-    def slot_use(self) -> float:
-        """Share of worker slots that were busy."""
-        return self.busy_slot_s / (self.slots * self.time_s) if self.time_s else 0.0
-
-
-class _Learner:
-    """Batches of exactly the budget, oldest ready first, surplus carried, shuffled inside."""
-
-    def __init__(self, world: World, settings: LearnerSettings, budget_tokens: int) -> None:
-        self.world, self.settings, self.budget = world, settings, budget_tokens
-        self.result = SimResult(slots=sum(w.slots for w in world.workers))
-        self.ready: deque[SimGroup] = deque()
-        self.carried: deque[SimRollout] = deque()
-        self.step = 0
-        self.trained_total = 0
-        self.trained_at_step = [0]
-        self.busy = False
-        self.idle_since = 0.0
-        self.untrained: Counter[SimGroup] = Counter()
-        self.batch_tokens = 0
-        self.flush = False
-
-    @property
-    def waiting_tokens(self) -> int:
-        """Complete and untrained: ready groups and carried trajectories."""
-        return sum(g.num_tokens for g in self.ready) + sum(r.length for r in self.carried)
-
-    def complete(self, group: SimGroup) -> None:
-        """All rollouts of the group have their verdict: ready, or filtered."""
-        if self.world.rng.random() < self.settings.filtered_share:
-            self.end(group, "filtered")
-        else:
-            self.ready.append(group)
-
-    def end(self, group: SimGroup, how: str) -> None:
-        group.end = how  # type: ignore[assignment]
-        self.result.ends[how] += 1
-        if how != "trained":
-            self.result.tokens[how] += sum(r.tokens for r in group.rollouts)
-
-    def reserve(self) -> list[SimRollout]:
-        """A batch's trajectories, or nothing when the budget cannot be filled."""
-        have = sum(r.length for r in self.carried)
-        groups: list[SimGroup] = []
-        while self.ready and (have < self.budget or not self.settings.cut_to_budget):
-            group = self.ready.popleft()
-            age = self.step - group.first_step
-            if self.settings.drop_stale and age > self.settings.max_staleness:
-                self.end(group, "stale")
-                continue
-            groups.append(group)
-            have += group.num_tokens
-        if have == 0 or (have < self.budget and not self.flush):
-            self.ready.extendleft(reversed(groups))
-            return []
-        for group in groups:
-            self.result.staleness_reserved[self.step - group.first_step] += 1
-            self.untrained[group] = len(group.rollouts)
-        fresh = [rollout for group in groups for rollout in group.rollouts]
-        order = self.world.rng.permutation(len(fresh))
-        batch = [*self.carried, *(fresh[i] for i in order)]
-        self.carried.clear()
-        return batch
-
-    def start_step(self) -> bool:
-        """Begin a step if a batch can be had; its end publishes the next version."""
-        batch = self.reserve()
-        if not batch:
-            return False
-        taken, tokens = 0, 0
-        cut = self.settings.cut_to_budget
-        while taken < len(batch) and (tokens < self.budget or not cut):
-            tokens += batch[taken].length
-            taken += 1
-        self.carried.extend(batch[taken:])
-        for rollout in batch[:taken]:
-            self.result.staleness_trained[self.step - rollout.first_step] += 1
-            self.result.trained_lengths.append(rollout.length)
-        self.result.tokens["masked"] += max(0, tokens - self.budget) if cut else 0
-        self.result.tokens["trained"] += min(tokens, self.budget) if cut else tokens
-        self.batch_tokens = tokens
-        self.result.learner_wait_s += self.world.now - self.idle_since
-        self.busy = True
-        self.world.at(self.settings.step_s, lambda: self._end_step(batch[:taken]))
-        return True
-
-    def _end_step(self, batch: list[SimRollout]) -> None:
-        self.busy, self.idle_since = False, self.world.now
-        self.step += 1
-        self.trained_total += self.batch_tokens
-        self.trained_at_step.append(self.trained_total)
-        for rollout in batch:
-            self.untrained[rollout.group] -= 1
-            if self.untrained[rollout.group] == 0:
-                self.end(rollout.group, "trained")
-        self.world.publish(self.step)
-
-    @property
-    def training_tokens(self) -> int:
-        """Tokens of the batch in the step that runs, 0 between steps."""
-        return self.batch_tokens if self.busy else 0
-
-    @property
-    def unloaded_tokens(self) -> int:
-        """Tokens trained into versions that the slowest living worker has not loaded yet."""
-        loaded = min((w.loaded_step for w in self.world.workers if w.alive), default=self.step)
-        return self.trained_total - self.trained_at_step[loaded]
-
-    def finish(self, *, stalled: bool) -> SimResult:
-        """Close the books."""
-        result = self.result
-        result.steps, result.time_s, result.stalled = self.step, self.world.now, stalled
-        result.ends["open"] = sum(1 for g in self.world.groups if not g.end)
-        result.sampled_lengths = [r.length for g in self.world.groups for r in g.rollouts]
-        return result
-
-
-class _Account:
-    """Counts busy slots over time and the true tokens of open groups."""
-
-    def __init__(self, learner: _Learner) -> None:
-        self.learner, self.last = learner, 0.0
-        self.busy = 0
-
-    def tick(self) -> None:
-        world = self.learner.world
-        self.learner.result.busy_slot_s += self.busy * (world.now - self.last)
-        self.last = world.now
-
-    def note(self) -> None:
-        self.busy = sum(len(w.active) for w in self.learner.world.workers)
+__all__ = ["LearnerSettings", "RoundRecord", "SimResult", "simulate_pipelined", "simulate_rounds"]
 
 
 def simulate_pipelined(
@@ -230,68 +39,87 @@ def simulate_pipelined(
     is still open afterwards (``ends['open']``) starved. ``stalled`` is set when nothing can happen
     any more before the steps are done: a deadlock.
     """
-    world = World(world_settings, lengths, seed)
-    learner = _Learner(world, learner_settings, gate.budget_tokens)
-    estimate = LengthEstimate(prior_tokens)
-    unfinished: OrderedDict[int, SimGroup] = OrderedDict()
-    known = Counter[SimGroup]()
-
-    def on_graded(rollout: SimRollout) -> None:
-        known[rollout.group] += rollout.length
-        if rollout.group.graded == len(rollout.group.rollouts):
-            del unfinished[rollout.group.index]
-            estimate.observe([r.length for r in rollout.group.rollouts])
-            learner.complete(rollout.group)
-
-    def feed() -> None:
-        for group in [g for g in known if g.end]:
-            del known[group]
-        oldest = next(iter(unfinished.values()), None)
-        view = GateView(
-            known_tokens=sum(known.values()),
-            unfinished_rollouts=world.unfinished + world.grading,
-            waiting_tokens=learner.waiting_tokens + learner.training_tokens,
-            running=world.unfinished + world.grading,
-            unloaded_tokens=learner.unloaded_tokens,
-            overtaken_tokens=learner.trained_total - oldest.trained_at_admission if oldest else 0,
-        )
-        decision = admit(view, gate, estimate.mean_tokens)
-        if decision.groups == 0:
-            return
-        result = learner.result
-        for _ in range(decision.groups):
-            group = world.admit(learner.trained_total)
-            unfinished[group.index] = group
-        added = decision.groups * gate.group_size * estimate.mean_tokens
-        result.max_estimated_tokens = max(result.max_estimated_tokens, decision.open_tokens + added)
-        if not decision.reason.startswith("nothing runs"):
-            result.max_estimated_regular = max(
-                result.max_estimated_regular, decision.open_tokens + added
-            )
-        held = sum(g.num_tokens for g in known) + sum(
-            g.num_tokens for g in unfinished.values() if g not in known
-        )
-        result.max_open_tokens = max(result.max_open_tokens, held)
-
-    world.on_graded = on_graded
-    account = _Account(learner)
-    feed()
+    sim = _Pipelined(World(world_settings, lengths, seed), learner_settings, gate, prior_tokens)
+    learner, world = sim.learner, sim.world
+    account = SlotAccount(learner)
+    sim.feed()
     while True:
-        if learner.step < learner_settings.steps and not learner.busy:
-            learner.start_step()
-        if learner.step < learner_settings.steps:
-            feed()
-        elif not drain:
+        training = learner.step < learner_settings.steps
+        if training:
+            if not learner.busy:
+                learner.start_step()
+            sim.feed()
+        elif not drain or sim.drained():
             return learner.finish(stalled=False)
-        else:
-            learner.flush = world.unfinished + world.grading == 0
-            if not learner.busy and not learner.start_step() and learner.flush:
-                return learner.finish(stalled=False)
         world.lease()
         account.note()
         if not world.advance():
             return learner.finish(stalled=learner.step < learner_settings.steps)
         account.tick()
+
+
+class _Pipelined:
+    """The real gate, estimate and trackers over the simulated world."""
+
+    def __init__(
+        self, world: World, settings: LearnerSettings, gate: GateSettings, prior_tokens: float
+    ) -> None:
+        self.world, self.gate = world, gate
+        self.learner = Learner(world, settings, gate.budget_tokens)
+        self.estimate = LengthEstimate(prior_tokens)
+        self._overtaking, self._lag = OvertakingTracker(), VersionLag()
+        self._unfinished: dict[str, SimGroup] = {}
+        world.on_graded = self._on_graded
+
+    def _on_graded(self, rollout: SimRollout) -> None:
+        group = rollout.group
+        self.learner.known_tokens += rollout.length
+        if group.graded == len(group.rollouts):
+            del self._unfinished[str(group.index)]
+            self._overtaking.complete(str(group.index))
+            self.estimate.observe([r.length for r in group.rollouts])
+            self.learner.complete(group)
+
+    def _view(self) -> GateView:
+        world, learner = self.world, self.learner
+        trained = learner.trained_total
+        loaded = [worker.loaded_step + 1 for worker in world.workers if worker.alive]
+        return GateView(
+            known_tokens=learner.known_tokens,
+            unfinished_rollouts=world.unfinished + world.grading,
+            unfinished_tokens=world.unfinished_tokens(),
+            waiting_tokens=learner.waiting_tokens + learner.training_tokens,
+            running=world.unfinished + world.grading,
+            overtaken_tokens=self._overtaking.overtaken_tokens(trained),
+            unloaded_tokens=self._lag.unloaded_tokens(
+                trained_tokens=trained,
+                latest_version=world.published_step + 1,
+                worker_versions=loaded,
+                pinned=False,
+                now_s=world.now,
+            ),
+        )
+
+    def feed(self) -> None:
+        """Ask the gate and admit what it says."""
+        decision = admit(self._view(), self.gate, self.estimate.mean_tokens)
+        if decision.groups == 0:
+            return
+        for _ in range(decision.groups):
+            group = self.world.admit(self.learner.trained_total)
+            self._unfinished[str(group.index)] = group
+            self._overtaking.admitted([str(group.index)], group.trained_at_admission)
+        added = decision.groups * self.gate.group_size * self.estimate.mean_tokens
+        forced = decision.reason.startswith("nothing runs")
+        unfinished = (r for g in self._unfinished.values() for r in g.rollouts if not r.graded)
+        held = self.learner.known_tokens + sum(r.length for r in unfinished)
+        self.learner.result.note_admission(decision.open_tokens + added, held, forced=forced)
+
+    def drained(self) -> bool:
+        """After the last step: True once everything admitted has come to its end."""
+        learner = self.learner
+        learner.flush = self.world.unfinished + self.world.grading == 0
+        return not learner.busy and not learner.start_step() and learner.flush
 
 
 def simulate_rounds(
@@ -308,11 +136,11 @@ def simulate_rounds(
     Purge is ``drop_group``. Groups are never dropped as stale: sigma is what bounds age here.
     """
     world = World(world_settings, lengths, seed)
-    learner = _Learner(world, learner_settings, rounds.budget_tokens)
+    learner = Learner(world, learner_settings, rounds.budget_tokens)
     learner.flush = True
     sim = _Rounds(world, learner, rounds, retention_max)
     world.on_graded = sim.on_graded
-    account = _Account(learner)
+    account = SlotAccount(learner)
     while len(learner.result.rounds) <= learner_settings.steps:
         sim.act()
         if world.accepting:
@@ -330,7 +158,7 @@ class _Rounds:
     """Applies the round machine's actions to the simulated world."""
 
     def __init__(
-        self, world: World, learner: _Learner, settings: RoundSettings, sigma: int | None
+        self, world: World, learner: Learner, settings: RoundSettings, sigma: int | None
     ) -> None:
         self.world, self.learner, self.settings, self.sigma = world, learner, settings, sigma
         self.round_id = 0
@@ -341,6 +169,7 @@ class _Rounds:
 
     def on_graded(self, rollout: SimRollout) -> None:
         self.completed_tokens += rollout.length
+        self.learner.known_tokens += rollout.length
         group = rollout.group
         if group.graded == len(group.rollouts) and not group.end:
             self.record.completed.append(group.index)

@@ -61,13 +61,16 @@ class FileTransport:
     async def fetch(self, manifest: WeightManifest, into: Path) -> Path:
         """See ``Transport.fetch``: the published folder itself, pinned and checked, no copy."""
         del into
-        return await asyncio.to_thread(self._fetch, manifest)
+        fetching = asyncio.ensure_future(asyncio.to_thread(self._fetch, manifest))
+        try:
+            return await asyncio.shield(fetching)
+        except asyncio.CancelledError:  # the thread goes on: its pin must not stay
+            fetching.add_done_callback(lambda done: self._undo(done, manifest))
+            raise
 
     async def release(self, manifest: WeightManifest) -> None:
         """See ``Transport.release``."""
-        descriptors = self._pins.get(_name_of(manifest))
-        if descriptors:
-            os.close(descriptors.pop())
+        self._unpin(manifest)
 
     async def discard(self, manifest: WeightManifest) -> bool:
         """See ``Transport.discard``."""
@@ -148,6 +151,15 @@ class FileTransport:
             raise
         self._pins[name].append(descriptor)
         return folder
+
+    def _unpin(self, manifest: WeightManifest) -> None:
+        descriptors = self._pins.get(_name_of(manifest))
+        if descriptors:
+            os.close(descriptors.pop())
+
+    def _undo(self, fetching: asyncio.Future[Path], manifest: WeightManifest) -> None:
+        if not fetching.cancelled() and fetching.exception() is None:
+            self._unpin(manifest)
 
     def _versions(self) -> list[tuple[int, int]]:
         """(version, fence) of every published folder, oldest first."""

@@ -73,7 +73,7 @@ class Model:
         self.holdings: list[Holding] = []
         self.jobs: list[tuple[GradeJob, bool]] = []
         """Grading jobs, with whether they are void."""
-        self.tokens_seen: set[str] = set()
+        self.tokens_seen: set[tuple[str, str]] = set()
         self.versions_seen: list[int] = [1]
         self.fences_seen: set[int] = set()
         self.journalled_groups: set[str] = set()
@@ -83,10 +83,10 @@ class Model:
         """The newest published version."""
         return self.versions_seen[-1]
 
-    def note_token(self, token: str) -> None:
-        """No lease token is handed out twice, whatever happened to Redis."""
-        assert token not in self.tokens_seen, f"lease token {token} was handed out twice"
-        self.tokens_seen.add(token)
+    def note_token(self, rollout_id: str, token: str) -> None:
+        """No lease token of a rollout is handed out twice, whatever happened to Redis."""
+        assert (rollout_id, token) not in self.tokens_seen, f"{rollout_id}: {token} came twice"
+        self.tokens_seen.add((rollout_id, token))
 
     def live(self) -> list[Holding]:
         """Leases that the broker must honour."""

@@ -116,7 +116,7 @@ async def test_a_wrong_password_is_refused_at_once_with_the_remedy(server: Embed
         with pytest.raises(BrokerRefusedError, match="RINGASYNC_REDIS_PASSWORD") as error:
             await Broker.connect(server.url, "demo", password=password, retry_budget_s=DEADLINE_S)
         assert "wrong" not in str(error.value).replace("WRONGPASS", "")
-    broker = await Broker.connect(server.url, "demo", password="right")  # noqa: S106
+    broker = await Broker.connect(server.url, "demo", password="right")
     await broker.create_run("", "h")
     await broker.client.config_set("requirepass", "")
     await broker.close()

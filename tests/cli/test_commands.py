@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 import tomllib
@@ -13,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from ringasync.broker.client import Broker
 from ringasync.broker.embedded import EmbeddedRedis
+from ringasync.cli.main import app
 from ringasync.config.load import config_hash, load_config, resolved_json
 from ringasync.runtime.runfiles import RunRecord
 
@@ -80,23 +83,26 @@ async def live_run(tmp_path: Path, config_path: Path) -> AsyncIterator[Path]:
     await server.stop()
 
 
-async def test_help_names_every_command_and_the_exit_codes(tmp_path: Path) -> None:
-    answer = await ringasync("--help", cwd=tmp_path)
-    assert answer.code == 0
+def shown(*arguments: str) -> str:
+    """What a command prints, in this process: for help, which starts nothing."""
+    answer = CliRunner().invoke(app, arguments, env={"COLUMNS": "200", "NO_COLOR": "1"})
+    assert answer.exit_code == 0, answer.output
+    return answer.output
+
+
+def test_help_names_every_command_and_the_exit_codes() -> None:
+    out = shown("--help")
     for command in COMMANDS:
-        assert f" {command} " in answer.out
+        assert f" {command} " in out
     for code in ("0 done", "2 configuration", "3 surroundings", "130 stopped"):
-        assert code in answer.out
+        assert code in out
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-async def test_help_of_a_command_has_an_example_and_exit_codes(
-    tmp_path: Path, command: str
-) -> None:
-    answer = await ringasync(command, "--help", cwd=tmp_path)
-    assert answer.code == 0
-    assert f"ringasync {command}" in answer.out.split("Example", 1)[1]
-    assert "Exit codes" in answer.out
+def test_help_of_a_command_has_an_example_and_exit_codes(command: str) -> None:
+    out = shown(command, "--help")
+    assert f"ringasync {command}" in out.split("Example", 1)[1]
+    assert "Exit codes" in out
 
 
 async def test_version(tmp_path: Path) -> None:
@@ -161,6 +167,44 @@ async def test_role_without_a_starting_model_says_how_to_name_it(
     assert "--model" in answer.err
 
 
+@pytest.mark.parametrize("command", ["coordinator", "worker", "learner", "grader"])
+async def test_command_becomes_the_role(tmp_path: Path, config_path: Path, command: str) -> None:
+    """The role itself then finds that there is no Redis, and gives up with its own exit code."""
+    answer = await ringasync(
+        *(command, str(config_path), "--redis-url", "redis://127.0.0.1:1/0", "--model", "m"),
+        *("--set", "redis.retry_budget_s=0.2"),
+        cwd=tmp_path,
+    )
+    assert answer.code == 3, answer.err
+    assert "BrokerUnreachableError" in answer.err
+    assert "127.0.0.1:1" in answer.err
+
+
+async def test_redis_alone_until_ctrl_c(tmp_path: Path, config_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "ringasync", "redis", str(config_path)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=tmp_path,
+        env=environment,
+    )
+    assert process.stdout is not None
+    async with asyncio.timeout(60):
+        line = b""
+        while b"Redis of run small" not in line:
+            line = await process.stdout.readline()
+            assert line, "ended before it said its address"
+        url = line.decode().split(": ")[1].split()[0]
+        broker = await Broker.connect(url, "small")
+        assert await broker.create_run("{}", "hash")
+        await broker.close()
+        process.send_signal(signal.SIGINT)
+        assert await process.wait() == 0
+        await process.communicate()
+    assert "redis.url" not in os.listdir(tmp_path / "runs" / "small" / "redis")
+
+
 @pytest.mark.parametrize("command", ["top", "samples", "audit", "pause", "resume"])
 async def test_tool_without_any_run_says_so(tmp_path: Path, command: str) -> None:
     answer = await ringasync(command, cwd=tmp_path)
@@ -210,13 +254,29 @@ async def test_audit_of_a_balanced_run_also_when_it_is_over(tmp_path: Path, live
     answer = await ringasync("audit", cwd=tmp_path)
     assert answer.code == 0
     assert "balanced" in answer.out
-    await EmbeddedRedis(live_run / "redis").start()
     server = EmbeddedRedis(live_run / "redis")
     await server.start()
     await server.stop()
     answer = await ringasync("audit", cwd=tmp_path)
     assert answer.code == 0
     assert not (live_run / "redis" / "redis.url").exists()
+
+
+async def test_report_of_a_run_that_has_hardly_begun(tmp_path: Path, live_run: Path) -> None:
+    answer = await ringasync("report", cwd=tmp_path)
+    assert answer.code == 0
+    assert "report.html" in answer.out
+    assert "report.html" in os.listdir(live_run)
+    unknown = await ringasync("report", "nothing", cwd=tmp_path)
+    assert unknown.code == 2
+    assert "no run 'nothing' in runs/ (there: small)" in unknown.err
+
+
+async def test_rollout_that_is_not_known(tmp_path: Path, live_run: Path) -> None:
+    answer = await ringasync("inspect", "g000001.0", cwd=tmp_path)
+    assert answer.code == 1
+    assert "nothing is known of g000001.0" in answer.out
+    assert (await ringasync("samples", "-n", "3", cwd=tmp_path)).code == 0
 
 
 async def test_pause_of_a_run_that_is_over(tmp_path: Path, live_run: Path) -> None:
@@ -234,7 +294,7 @@ async def test_rm_asks_first(tmp_path: Path, live_run: Path) -> None:
     assert (live_run / "run.json").exists()
     gone = await ringasync("rm", "small", cwd=tmp_path, stdin="y\n")
     assert gone.code == 0
-    assert not live_run.exists()
+    assert live_run.name not in os.listdir(live_run.parent)
 
 
 async def test_rm_deletes_only_the_keys_of_its_run(tmp_path: Path, live_run: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from .kit import tiny_model
+from ..conftest import RedisServer
+from .kit import Feeder, tiny_model, write_config
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +17,13 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("tiny-qwen3")
     tiny_model().save_pretrained(directory)  # type: ignore[operator]
     return directory
+
+
+@pytest.fixture
+async def feeder(
+    any_redis: RedisServer, tmp_path: Path, model_dir: Path, run_name: str
+) -> AsyncIterator[Feeder]:
+    """A fresh pipelined run, to be fed by hand."""
+    made = await Feeder.make(any_redis.url, write_config(tmp_path, run_name, model_dir))
+    yield made
+    await made.close()

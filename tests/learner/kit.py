@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ import torch
 from learner.__main__ import main
 from learner.backends.torch_backend import TorchBackend, TorchSettings
 from learner.batch import BatchItem, TrainBatch
+from learner.checkpoint import Checkpoint, load_latest
+from learner.journal import Journal
 from ringasync.broker.client import Broker
 from ringasync.broker.types import AppendItem, Fence, Lease, NewGroup, Verdict
 from ringasync.config.load import config_hash, load_config, resolved_json
@@ -125,6 +128,7 @@ mode = "{mode}"
 group_size = 4
 max_staleness = {max_staleness}
 budget.tokens = 120
+filter_zero_variance = {filtered}
 [learner]
 steps = {steps}
 lr = 1e-3
@@ -142,6 +146,7 @@ probe_sequences = 2
 def write_config(directory: Path, name: str, model: Path, **values: object) -> Path:
     """A configuration file of a small run; ``values`` fill the template."""
     filled: dict[str, object] = {"mode": "pipelined", "steps": 5, "max_staleness": 50, **values}
+    filled.setdefault("filtered", "true")
     path = directory / f"{name}.toml"
     text = CONFIG.format(name=name, directory=directory / "runs", model=model, **filled)
     path.write_text(text, encoding="utf-8")
@@ -239,6 +244,53 @@ class Feeder:
             ]
             await self.broker.grade_many(self.session_id, verdicts, 3, True, 0)
 
+    async def snapshot(self) -> dict[bytes, tuple[bytes, int]]:
+        """Every key of the run with its time to live: what an old AOF would bring back."""
+        client: Any = self.broker.client
+        found = {}
+        async for key in client.scan_iter(match=self.broker.keys.prefix + "*"):
+            found[key] = (await client.dump(key), max(0, await client.pttl(key)))
+        return found
+
+    async def roll_back(self, snapshot: dict[bytes, tuple[bytes, int]]) -> None:
+        """Put the run's keys back to an earlier moment in one transaction, as a failover would."""
+        client = self.broker.client
+        async with client.pipeline(transaction=True) as pipe:
+            async for key in client.scan_iter(match=self.broker.keys.prefix + "*"):
+                pipe.delete(key)
+            for key, (value, ttl_ms) in snapshot.items():
+                pipe.restore(key, ttl_ms, value)
+            await pipe.execute()
+
+    async def reopen(self) -> None:
+        """Open the worker's session again after a new incarnation ended it."""
+        self.session_id += "x"
+        await self.broker.open_session(self.session_id, "worker", SESSION_TTL_MS, {"worker": "w"})
+
+    async def step(self) -> int:
+        """Batches trained, as the broker has it."""
+        return int((await self.broker.run_meta())["learner_step"])
+
+    async def reached(self, step: int) -> None:
+        """Wait until that many batches are trained."""
+
+        async def there() -> bool:
+            return await self.step() >= step
+
+        await until(there, f"step {step}")
+
+    async def published(self, version: int) -> None:
+        """Wait until that version is announced."""
+
+        async def there() -> bool:
+            return int((await self.broker.run_meta())["latest_version"]) >= version
+
+        await until(there, f"version {version}")
+
+    async def metrics(self) -> list[dict[str, Any]]:
+        """All step metrics so far."""
+        return [row for _, row in await self.broker.read_metrics("0", 1000)]
+
     async def close(self) -> None:
         """Delete the run and disconnect."""
         await self.broker.delete_run()
@@ -274,7 +326,8 @@ class LearnerProcess:
             environment["RINGASYNC_CRASH_AT"] = crash_at
         log_path = config.with_suffix(".log")
         argv = [str(config), "--redis-url", url, *extra]
-        process = _FORKS.Process(target=_learner_main, args=(argv, environment, str(log_path)))
+        arguments = (argv, environment, str(log_path))
+        process = _FORKS.Process(target=_learner_main, args=arguments, daemon=True)
         process.start()
         return cls(process, log_path)
 
@@ -304,3 +357,39 @@ async def until(
     while not await condition():
         assert time.monotonic() < deadline, f"timed out waiting for {what}"
         await asyncio.sleep(0.02)
+
+
+def config_path(feeder: Feeder) -> Path:
+    """The file that ``write_config`` made for this run."""
+    return feeder.config.run.dir.parent / f"{feeder.config.run.name}.toml"
+
+
+def newest_checkpoint(feeder: Feeder) -> Checkpoint:
+    """The run's newest checkpoint."""
+    found = load_latest(
+        feeder.config.run_dir / "checkpoints",
+        feeder.config.run.name,
+        accept=lambda _meta: True,
+        warn=print,
+    )
+    assert found is not None
+    return found
+
+
+async def check_ledger(feeder: Feeder, trained_tokens: int) -> None:
+    """Audit balanced, and the journal trains every token at most once, as Redis counts it."""
+    audit = await feeder.broker.audit()
+    assert audit.balanced, (audit.differences, audit.problems)
+    journal = Journal.open(feeder.config.run_dir / "journal", feeder.config.run.name, fence=99)
+    trained: dict[str, int] = {}
+    masked = 0
+    for _, record in journal.read():
+        for one in record.order:
+            assert one.rollout_id not in trained, f"{one.rollout_id} was trained twice"
+            trained[one.rollout_id] = one.trained_tokens
+            masked += one.masked_tokens
+            assert one.trained_tokens + one.masked_tokens == feeder.tokens[one.rollout_id]
+    journal.close()
+    ledger = await feeder.broker.ledger()
+    assert ledger["trained"] == sum(trained.values()) == trained_tokens
+    assert ledger["masked"] == masked

@@ -15,6 +15,7 @@ from ringasync.runtime.runfiles import (
     LOCK_FILE,
     RECORD_FILE,
     RunRecord,
+    begin_record,
     claim,
     newest_run,
     read_record,
@@ -117,3 +118,17 @@ def test_folder_without_a_run_is_never_removed(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds files but no run"):
         remove_files(tmp_path)
     assert (tmp_path / "thesis.txt").exists()
+
+
+def test_folder_of_somebody_else_is_not_taken_for_a_run(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").touch()
+    with claim(tmp_path), pytest.raises(ConfigError, match=r"thesis\.txt.*another run\.name"):
+        begin_record(tmp_path, RECORD)
+    assert read_record(tmp_path) is None
+
+
+def test_folder_in_which_roles_were_started_by_hand_is_taken_over(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    begin_record(tmp_path, RECORD)
+    begin_record(tmp_path, replace(RECORD, model="another"))
+    assert read_record(tmp_path) == RECORD

@@ -80,6 +80,7 @@ class Harness:
         self.config_path.write_text(text, encoding="utf-8")
         self.shutdown = Shutdown()
         self.places: list[Place] = []
+        self.tasks: list[asyncio.Task[int]] = []
 
     def specs(self, config: Config, place: Place) -> list[RoleSpec]:
         self.places.append(place)
@@ -93,7 +94,8 @@ class Harness:
     def up(self, *overrides: str, fresh: bool = False) -> asyncio.Task[int]:
         options = UpOptions(self.config_path, overrides, fresh=fresh)
         command = Up(options, self.shutdown, make_specs=self.specs, policy=POLICY)
-        return asyncio.create_task(command.run())
+        self.tasks.append(asyncio.create_task(command.run()))
+        return self.tasks[-1]
 
     def log(self, role: str) -> str:
         path = self.run_dir / "logs" / f"{role}.log"
@@ -117,7 +119,8 @@ async def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
     monkeypatch.delenv("RINGASYNC_REDIS_URL", raising=False)
     it = Harness(tmp_path)
     yield it
-    it.shutdown.request("test over")
+    it.shutdown.request("test over")  # a test that failed must not leave processes behind
+    await asyncio.gather(*it.tasks, return_exceptions=True)
 
 
 async def test_run_goes_from_nothing_to_done(

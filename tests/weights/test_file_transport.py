@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 from asyncio.subprocess import PIPE
 from collections.abc import Callable
 from pathlib import Path
@@ -180,6 +181,20 @@ async def test_readers_and_a_publisher_at_once_see_whole_versions_only(
 
     *reads, _ = await asyncio.gather(read(), read(), publish())
     assert min(filter(None, reads)) >= 1
+
+
+async def test_a_cancelled_fetch_leaves_no_pin(make_folder: FolderMaker, tmp_path: Path) -> None:
+    transport = FileTransport(tmp_path / "w")
+    manifest = await transport.publish(make_folder("a", extra_bytes=5_000_000), _fields(1))
+    for _ in range(20):
+        fetching = asyncio.create_task(transport.fetch(manifest, tmp_path))
+        await asyncio.sleep(0)
+        fetching.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await fetching
+    deadline = time.monotonic() + 10
+    while not await transport.discard(manifest):
+        assert time.monotonic() < deadline, "a pin stayed"
 
 
 async def test_discard_all_and_close(make_folder: FolderMaker, tmp_path: Path) -> None:

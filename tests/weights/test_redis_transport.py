@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,23 @@ async def test_a_lost_chunk_is_named_and_leaves_no_folder(
     with pytest.raises(ManifestError, match=r"shard model\.safetensors lacks chunk 1"):
         await transport.fetch(manifest, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+async def test_a_cancelled_fetch_leaves_no_folder(
+    redis: Redis, make_folder: FolderMaker, tmp_path: Path
+) -> None:
+    transport = RedisTransport(redis, "demo")
+    manifest = await transport.publish(make_folder("a", extra_bytes=3 * CHUNK_BYTES), _fields(1))
+    cache = tmp_path / "cache"
+    for turns in range(0, 60, 3):
+        fetching = asyncio.create_task(transport.fetch(manifest, cache))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        fetching.cancel()
+        with suppress(asyncio.CancelledError):
+            await fetching
+            await transport.release(manifest)
+    assert list(cache.iterdir()) == []
 
 
 async def test_a_changed_chunk_is_named(

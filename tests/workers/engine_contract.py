@@ -286,7 +286,9 @@ class EngineContract:
     ) -> None:
         collector = Collector(engine)
         prompt, prefix = prompts(kit, 2)
-        await engine.generate([request("one", prompt, 1, prefix), request("six", prompt, 6, prefix)])
+        await engine.generate(
+            [request("one", prompt, 1, prefix), request("six", prompt, 6, prefix)]
+        )
         await collector.until_finished("one", "six")
         assert [len(collector[name].tokens) for name in ("one", "six")] == [1, 6]
         assert {collector[name].finish for name in ("one", "six")} == {"length"}

@@ -102,9 +102,7 @@ async def test_a_bad_swap_is_refused_reported_and_survived(
 async def test_two_workers_that_refuse_a_version_stop_publication(make_world: MakeWorld) -> None:
     world = await make_world()
     await world.publish(1)
-    pair = [
-        await world.start(n, lambda s: IdleSwapEngine(s, step_interval_s=0.001)) for n in "ab"
-    ]
+    pair = [await world.start(n, lambda s: IdleSwapEngine(s, step_interval_s=0.001)) for n in "ab"]
     await until(lambda: all(r.worker.weights.loaded_number == 1 for r in pair), "version 1")
     await world.publish(2)
     await until(lambda: pair[0].worker.session.poll.bad_versions == (2,), "version 2 to be bad")
@@ -227,7 +225,7 @@ class IdleSwapTransformers(TransformersEngine):
 
     async def load_weights(self, weights_dir: Path, policy_version: int) -> None:
         assert self._outbox is not None
-        self._outbox.policy_version = policy_version
+        self._outbox.relabel(policy_version)
 
 
 async def test_at_a_tiny_learning_rate_only_the_read_back_sees_a_swap_not_applied(

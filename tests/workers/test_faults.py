@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -137,7 +139,7 @@ async def own_redis(tmp_path: Path) -> Any:
 
 
 async def test_a_full_redis_is_waited_out_with_bounded_tokens(
-    make_world: MakeWorld, own_redis: EmbeddedRedis
+    own_redis: EmbeddedRedis, make_world: MakeWorld
 ) -> None:
     world = await make_world(url=own_redis.url, flush_tokens=16)
     folder = await world.publish(1)
@@ -162,7 +164,7 @@ async def test_a_full_redis_is_waited_out_with_bounded_tokens(
 
 
 async def test_a_drain_while_redis_is_full_ends_in_time(
-    make_world: MakeWorld, own_redis: EmbeddedRedis
+    own_redis: EmbeddedRedis, make_world: MakeWorld
 ) -> None:
     world = await make_world(url=own_redis.url, drain_timeout_s=1.0)
     await world.publish(1)
@@ -176,15 +178,17 @@ async def test_a_drain_while_redis_is_full_ends_in_time(
     await world.broker.client.config_set("maxmemory", 0)
 
 
-async def test_redis_restarts_and_the_worker_goes_on(
-    make_world: MakeWorld, own_redis: EmbeddedRedis
+async def test_redis_is_killed_and_the_worker_goes_on(
+    own_redis: EmbeddedRedis, make_world: MakeWorld
 ) -> None:
     world = await make_world(url=own_redis.url, flush_tokens=16)
     folder = await world.publish(1)
     await world.feed("g1", size=4, max_new_tokens=190)
     running = await world.start("w1")
     await until(lambda: int(running.worker.status()["tokens_generated"]) > 100, "tokens")
-    await asyncio.to_thread(own_redis.stop_blocking)
+    assert own_redis.pid is not None
+    os.kill(own_redis.pid, signal.SIGKILL)
+    await until(lambda: own_redis.has_ended, "the server's end")
     await until(lambda: "unsent tokens" in running.worker.control.held_by, "the engine to be held")
     assert running.worker.store.most_unsent_tokens() <= 2 * 16
     assert await asyncio.to_thread(own_redis.start_blocking) == world.url

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 
 from ringasync.broker.client import Broker
 from ringasync.broker.types import Fence, NewGroup, VersionInfo
+from ringasync.config.load import config_hash
 from ringasync.config.schema import Config
 from ringasync.records.segment import decode_segment
 from ringasync.records.trajectory import FlatResponse, join_segments
@@ -109,7 +110,7 @@ class World:
             }
         )
         broker = await Broker.connect(url, run)
-        await broker.create_run("", "hash", mode)
+        await broker.create_run("", config_hash(config), mode)
         fences = {
             role: await broker.acquire_lock(role, "test", 600_000)
             for role in ("coordinator", "learner")
@@ -171,18 +172,22 @@ class World:
             for i, token in enumerate(tokens)
         ]
         probe = ProbeSequence(prompt_ids=PROMPT, token_ids=tuple(tokens), logprobs=tuple(logprobs))
+        await self.publish_folder(version, source, probe)
+        return source
+
+    async def publish_folder(self, version: int, source: Path, *probe: ProbeSequence) -> None:
+        """Publish any HF-format folder."""
         fields = VersionFields(
             run=self.config.run.name,
             policy_version=version,
             learner_step=version - 1,
             fork_step=0,
             fence=self.learner.token,
-            probe=(probe,),
+            probe=probe,
         )
         manifest = await self.transport.publish(source, fields)
         info = VersionInfo(version, version - 1, 0, dump_manifest(manifest))
         await self.broker.publish(self.learner, info)
-        return source
 
     async def start(
         self, name: str, make_engine: MakeTestEngine | None = None, **options: Any

@@ -36,7 +36,7 @@ from workers.engines.base import (
     ScoreRequest,
     TokenChunk,
 )
-from workers.engines.outbox import Outbox, merge_chunks
+from workers.engines.outbox import LiveRequestState, Outbox
 
 _ALIVE_CHECK_S = 0.5
 
@@ -52,6 +52,8 @@ class TransformersOptions:
     page_size_tokens: int = 32
     max_batch_tokens: int = 1024
     max_cached_tokens: int = 0
+    gather_ms: int = 10
+    """How long tokens gather before ``outputs`` hands them out."""
     attention: str = "padded"
     """``padded``: see ``paged_attention``. ``stock``: transformers' own, for comparison."""
 
@@ -130,6 +132,8 @@ class TransformersEngine:
             try:
                 async with asyncio.timeout(_ALIVE_CHECK_S):
                     await outbox.filled.wait()
+                # Waking for each step would cost the generation thread the interpreter's lock.
+                await asyncio.sleep(self._options.gather_ms / 1000)
             except TimeoutError:
                 # Should the thread die without a word, nothing would ever set the event.
                 _, manager = self._require()
@@ -138,7 +142,7 @@ class TransformersEngine:
 
     def drain(self) -> list[TokenChunk]:
         """See ``Engine.drain``."""
-        return merge_chunks(self._outbox.drain()) if self._outbox is not None else []
+        return self._outbox.drain() if self._outbox is not None else []
 
     async def abort(self, request_ids: Sequence[str]) -> None:
         """See ``Engine.abort``. What the step now running samples for them is dropped."""
@@ -263,7 +267,7 @@ class TransformersEngine:
         dtypes = live_weights.stored_dtypes(weights_dir)
         live_weights.copy_into(self._model.state_dict(), weights_dir)
         self._dtypes = dtypes
-        outbox.policy_version = policy_version
+        outbox.relabel(policy_version)
         if not self._keep_kv:
             self._readd_all(outbox, manager)
 
@@ -284,15 +288,20 @@ class TransformersEngine:
     def _submit(
         self, manager: Any, internal_id: str, request: GenerationRequest, done: tuple[int, ...]
     ) -> None:
-        accepted = manager.add_request(
-            [*request.prompt_ids, *request.prefix_ids, *done],
-            request_id=internal_id,
-            max_new_tokens=request.max_new_tokens - len(done),
-            streaming=True,
-            eos_token_id=list(self._sampling.eos_token_ids) or -1,
+        refusal = manager.background_thread_status.can_accept_new_requests()
+        if refusal is not None:
+            raise EngineError(f"no requests are taken any more: {refusal}")
+        # What manager.add_request does, with our own state.
+        manager.input_queue.put(
+            LiveRequestState(
+                request_id=internal_id,
+                initial_tokens=[*request.prompt_ids, *request.prefix_ids, *done],
+                max_new_tokens=request.max_new_tokens - len(done),
+                streaming=True,
+                eos_token_id=list(self._sampling.eos_token_ids) or -1,
+            )
         )
-        if accepted is None:
-            raise EngineError("the generation thread takes no requests any more")
+        manager._wake_up_loop.set()
 
     @torch.no_grad()
     def _score(self, requests: list[ScoreRequest]) -> list[npt.NDArray[np.float32]]:

@@ -20,7 +20,7 @@ for i = 5, #ARGV, 4 do
   local group = P .. 'group:' .. gid
   shift('train', 'taken', 'trained', trained)
   shift('train', 'taken', 'masked', masked)
-  call('HINCRBY', group, 'tokens_left', -(trained + masked))
+  call('HINCRBY', group, 'tokens_left', str(0 - trained - masked)) -- never "-0"
   call('HSET', group, 'open_trajectories', ARGV[i + 3])
   if int(ARGV[i + 3]) == 0 then
     call('HSET', group, 'state', 'trained', 'ended_ms', str(t), 'ended_tokens', call('HGET', group, 'tokens') or '0')

@@ -1,0 +1,141 @@
+"""``python -m workers`` as a process: exit codes, signals, a kill, with a real tiny model."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ringasync.config.load import resolved_toml
+
+from .test_transformers_engine import write_model
+from .world import World, until
+
+MakeWorld = Callable[..., Coroutine[Any, Any, World]]
+Spawn = Callable[..., Any]
+
+pytestmark = pytest.mark.slow
+EXIT_S = 30.0
+
+
+@asynccontextmanager
+async def spawned(*arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    """A worker process; killed if the block leaves it running."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "workers", *arguments),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[2],
+    )
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+async def _exit_code(process: asyncio.subprocess.Process) -> int:
+    async with asyncio.timeout(EXIT_S):
+        return await process.wait()
+
+
+async def _world(make_world: MakeWorld, tmp_path: Path, **settings: Any) -> tuple[World, list[str]]:
+    """A run whose version 1 is a real model, and the arguments of its workers."""
+    world = await make_world(flush_tokens=4, flush_ms=20, **settings)
+    model = write_model(tmp_path / "model", 1, tied=True)
+    await world.publish_folder(1, model)
+    config = tmp_path / "run.toml"
+    config.write_text(resolved_toml(world.config))
+    return world, [str(config), "--redis-url", world.url, "--model", str(model)]
+
+
+async def test_help_and_wrong_configurations(tmp_path: Path) -> None:
+    async with spawned("--help") as process:
+        output, _ = await process.communicate()
+        assert process.returncode == 0
+        assert b"--worker-id" in output
+    async with spawned(str(tmp_path / "absent.toml")) as process:
+        output, _ = await process.communicate()
+        assert process.returncode == 2
+        assert b"absent.toml" in output
+    (tmp_path / "wrong.toml").write_text("[worker]\nmax_concurent = 3\n")
+    async with spawned(str(tmp_path / "wrong.toml")) as process:
+        output, _ = await process.communicate()
+        assert process.returncode == 2
+        assert b"max_concurrent" in output
+
+
+async def test_a_worker_generates_drains_on_sigterm_and_a_killed_one_is_resumed(
+    make_world: MakeWorld, tmp_path: Path
+) -> None:
+    world, arguments = await _world(make_world, tmp_path, session_ttl_ms=1500)
+    await world.feed("g1", size=8, max_new_tokens=120)
+    ids = [f"g1.{i}" for i in range(8)]
+
+    async def tokens() -> int:
+        return sum([await world.length(rollout_id) for rollout_id in ids])
+
+    async def some_tokens() -> bool:
+        return await tokens() > 8
+
+    async with spawned(*arguments, "--worker-id", "killed") as process:
+        await until(some_tokens, "the first worker's tokens")
+        process.send_signal(signal.SIGKILL)
+        assert await _exit_code(process) == -signal.SIGKILL
+    kept = await tokens()
+
+    async def reaped() -> bool:
+        await world.broker.reap(world.coordinator, 5)
+        return "leased" not in await world.states(*ids)
+
+    await until(reaped, "the dead session's leases to return")
+    async with spawned(*arguments, "--worker-id", "drained") as process:
+
+        async def more_tokens() -> bool:
+            return await tokens() > kept + 8
+
+        await until(more_tokens, "the second worker's tokens")
+        process.send_signal(signal.SIGTERM)
+        assert await _exit_code(process) == 0
+    assert "leased" not in await world.states(*ids)
+    assert await world.broker.sessions() == []
+    async with spawned(*arguments) as process:
+        await world.wait_state("finished", *ids)
+        process.send_signal(signal.SIGINT)
+        assert await _exit_code(process) == 0
+    for rollout_id in ids:
+        assert len((await world.record(rollout_id)).token_ids) == 120
+    await world.assert_balanced()
+
+
+async def test_a_second_signal_ends_at_once(make_world: MakeWorld, tmp_path: Path) -> None:
+    world, arguments = await _world(make_world, tmp_path)
+    async with spawned(*arguments) as process:
+
+        async def has_session() -> bool:
+            return bool(await world.broker.sessions())
+
+        await until(has_session, "a session")
+        # Redis stands still, so that the drain cannot end.
+        await world.broker.client.client_pause(8000)
+        process.send_signal(signal.SIGTERM)
+        await asyncio.sleep(0.3)
+        process.send_signal(signal.SIGTERM)
+        assert await _exit_code(process) == 130
+
+
+async def test_another_configuration_may_not_join(make_world: MakeWorld, tmp_path: Path) -> None:
+    _, arguments = await _world(make_world, tmp_path)
+    async with spawned(*arguments, "--set", "sampling.temperature=0.5") as process:
+        output, _ = await process.communicate()
+        assert process.returncode == 3
+        assert b"configuration" in output
