@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import tempfile
@@ -22,6 +23,8 @@ from workers.grader import Grader, tokenizer_decoder
 from workers.rollout_loop import RolloutWorker
 
 _RUN_POLL_S = 0.3
+EXIT_NOT_DRAINED = 1
+"""Stopped as asked, but leases were left to the session's end."""
 
 log = get_logger()
 
@@ -50,11 +53,9 @@ async def work_role(args: RoleArgs, shutdown: Shutdown, worker_id: str = "") -> 
         if not await _join(broker, config, shutdown):
             return 0
         with tempfile.TemporaryDirectory(prefix="ringasync-weights-") as scratch:
-            why = await _work(args, broker, shutdown, worker_id, Path(scratch))
-        log.info("worker ends", why=why)
+            return await _work(args, broker, shutdown, worker_id, Path(scratch))
     finally:
         await broker.close()
-    return 0
 
 
 async def _join(broker: Broker, config: Config, shutdown: Shutdown) -> bool:
@@ -79,10 +80,12 @@ async def _join(broker: Broker, config: Config, shutdown: Shutdown) -> bool:
 
 async def _work(
     args: RoleArgs, broker: Broker, shutdown: Shutdown, worker_id: str, scratch_dir: Path
-) -> str:
+) -> int:
     config = args.config
-    transport = make_transport(config, broker)
     seed = xxhash.xxh32_intdigest(f"{config.run.seed}/{worker_id}".encode()) & 0x7FFFFFFF
+    factory = EngineFactory(config, seed)
+    await asyncio.to_thread(factory.prepare)
+    transport = make_transport(config, broker)
     grader: Grader | None = None
     if config.grader.in_worker:
         # It asks for the session's id at each call, so it may be made before the session.
@@ -93,7 +96,7 @@ async def _work(
         config,
         broker,
         transport,
-        EngineFactory(config, seed),
+        factory,
         lambda folder: read_limits(folder, config),
         shutdown,
         worker_id=worker_id,
@@ -103,6 +106,8 @@ async def _work(
         companion=grader.run if grader is not None else None,
     )
     try:
-        return await worker.run()
+        why = await worker.run()
     finally:
         await transport.close()
+    log.info("worker ends", why=why)
+    return 0 if worker.is_drained else EXIT_NOT_DRAINED

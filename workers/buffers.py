@@ -55,7 +55,7 @@ class LocalRollout:
     def add(self, chunk: TokenChunk, now_s: float) -> None:
         """Take what the engine sampled."""
         if chunk.token_ids:
-            if not self.unsent_tokens:
+            if not self.runs and self.outstanding is None:
                 self.oldest_s = now_s
             if not self.runs or self.runs[-1].policy_version != chunk.policy_version:
                 self.runs.append(_Run(chunk.policy_version, [], []))

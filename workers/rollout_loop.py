@@ -75,6 +75,8 @@ class RolloutWorker:
         self._to_abort: list[str] = []
         self._doing = "starting"
         self._take_not_before_s = 0.0
+        self.is_drained = False
+        """Whether every lease was handed back; False when ``drain_timeout_s`` ran out first."""
         self._last_rebuild_s: float | None = None
         self._limits: ModelLimits | None = None
         self._throughput = Throughput()
@@ -289,7 +291,9 @@ class RolloutWorker:
     # Work.
 
     async def _take(self, poll: Poll) -> None:
-        room = self._config.worker.max_concurrent - len(self.store)
+        limit = self._config.worker.max_concurrent
+        # A place is free as soon as its rollout ended; the last tokens may still be on their way.
+        room = min(limit - self.store.active, 2 * limit - len(self.store))
         self._doing = "generating" if len(self.store) else "waiting for work"
         if poll.paused:
             self._doing = "waiting: the run is paused"
@@ -361,6 +365,7 @@ class RolloutWorker:
         if self._companion_task is not None:
             await asyncio.wait([self._companion_task])
         await self.session.close()
+        self.is_drained = True
 
     async def _drain_deadline(self) -> None:
         """Ends ``drain_timeout_s`` after a stop was asked for, whatever holds the drain up."""
@@ -373,6 +378,8 @@ class RolloutWorker:
     def _on_tokens(self, chunks: Sequence[TokenChunk]) -> None:
         self._throughput.add(self.store.absorb(chunks))
         ended = any(chunk.finish is not None for chunk in chunks)
+        if ended:
+            self._changed.set()
         if ended or self.store.most_unsent_tokens() >= self._config.worker.flush_tokens:
             self.flusher.wake()
             self._throttle.check()

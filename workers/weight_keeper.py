@@ -23,6 +23,8 @@ from workers.engines.base import ScoreRequest
 MAX_FETCHES = 3
 """Failed fetches after which a version is called bad; one that fails once may just be pruned."""
 
+_FETCH_RETRY_S = 0.5
+
 log = get_logger()
 
 
@@ -170,10 +172,16 @@ class WeightKeeper:
             failures = self._failed_fetches.get(number, 0) + 1
             self._failed_fetches[number] = failures
             log.warning("weights not fetched", version=number, attempt=failures, error=str(error))
-            if failures >= MAX_FETCHES:
+            if failures >= MAX_FETCHES and not await self._is_superseded(number):
                 await self.refuse(number, f"cannot be fetched: {error}")
+            # Until the next try the poll may bring a newer version: this one may be pruned.
+            await asyncio.sleep(_FETCH_RETRY_S)
             return None
         return Version(manifest, folder)
+
+    async def _is_superseded(self, number: int) -> bool:
+        newest = await self._broker.version(None)
+        return newest is not None and newest.version > number
 
     async def refuse(self, number: int, why: str) -> None:
         """Never load this version here again, and say so to the run."""

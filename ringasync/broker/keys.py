@@ -43,6 +43,7 @@ class Keys:
         self.metrics = self.prefix + "metrics"
         self.samples = self.prefix + "samples"
         self.ends = self.prefix + "ends"
+        self.ended = self.prefix + "ended"
 
     def rollout(self, rollout_id: str) -> str:
         """Hash of plain strings: one rollout."""

@@ -15,6 +15,7 @@ from ringasync.broker.types import (
     TrainedTokens,
     VersionInfo,
 )
+from ringasync.errors import InvariantError
 from ringasync.records.versions import staleness_steps
 
 _PAYLOADS_A_CALL = 128
@@ -52,7 +53,14 @@ class TrainingMixin(BrokerCore):
             "reserve", *fence_args(fence), batch_id, len(stale), *sorted(stale), *kept
         )
         rows, stale_text = reply
-        payloads = await self._payloads([text(member[0]) for row in rows for member in row[4:]])
+        sizes = {text(member[0]): int(member[4]) for row in rows for member in row[4:]}
+        payloads = await self._payloads(list(sizes))
+        for rollout_id, size in sizes.items():
+            if len(payloads[rollout_id]) != size:
+                raise InvariantError(
+                    f"payload of {rollout_id} changed while batch {batch_id} was being read: "
+                    "another learner acts on this run"
+                )
         groups = [_raw_group(row, payloads) for row in rows]
         return groups, [part for part in text(stale_text).split(",") if part]
 
@@ -200,7 +208,7 @@ def _raw_group(row: list[Any], payloads: Mapping[str, tuple[bytes, ...]]) -> Raw
             retention=int(retention),
             segments=payloads[text(rollout_id)],
         )
-        for rollout_id, reward, finish, retention in row[4:]
+        for rollout_id, reward, finish, retention, _ in row[4:]
     )
     return RawGroup(
         group_id=text(row[0]),

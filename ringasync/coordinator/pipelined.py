@@ -63,7 +63,7 @@ class PipelinedSchedule:
         if decision.groups == 0:
             return decision.reason
         fed = await self._feeder.feed(decision.groups)
-        self._overtaking.admitted(fed, trained)
+        self._overtaking.admitted(fed, trained - view.unloaded_tokens)
         if fed:
             log.debug("fed", groups=len(fed), why=decision.reason)
         return f"fed {len(fed)} groups: {decision.reason}"

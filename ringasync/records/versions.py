@@ -15,8 +15,10 @@ def staleness_steps(
     the newest version's. A version at step s on the present line is ``learner_step - s`` old; one
     published above a fork point m at which its line was abandoned lies off the line, and its
     distance goes down to the fork and up again: ``(s - m) + (learner_step - m)``.
-    None when the version is unknown. Never negative.
+    A version that Redis lost the announcement of counts as the next older known one; None when
+    there is none. Never negative.
     """
+    version = max((known for known in steps if known <= version), default=0)
     if version not in steps:
         return None
     step, fork = steps[version]

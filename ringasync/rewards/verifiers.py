@@ -6,6 +6,7 @@ An exception here is an error of the verifier, retried and then ``grade_error``:
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 from collections.abc import Callable
 from functools import cache, lru_cache
@@ -19,8 +20,8 @@ Verifier = Callable[[dict[str, Any], str], float]
 def verify(task: dict[str, Any], response: str) -> float:
     """Score ``response`` by the verifier that ``task["verifier"]`` names.
 
-    Known names: ``reasoning_gym``, ``math_verify``, ``exact``, and ``python:package.module:function``
-    for a user's own function ``(task, response) -> float``.
+    Known names: ``reasoning_gym``, ``math_verify``, ``exact``, and for a user's own function
+    ``(task, response) -> float`` its import path, ``python:package.module:function``.
     """
     name = str(task.get("verifier", ""))
     if name.startswith("python:"):
@@ -50,7 +51,11 @@ def exact(task: dict[str, Any], response: str) -> float:
 def reasoning_gym(task: dict[str, Any], response: str) -> float:
     """The library's own score of the answer, in [0, 1]; no answer at all scores as it says."""
     answer = answer_of(response, str(task.get("answer_mark", "")))
-    return float(_gym_scorer(str(task["dataset"]))(answer=answer, entry=task["entry"]))
+    params = json.dumps(task.get("params", {}), sort_keys=True)
+    dataset = _gym_dataset(str(task["dataset"]), params, int(task.get("seed", 0)))
+    # Entries that JSON would change are not stored but drawn again.
+    entry = task["entry"] if "entry" in task else dataset[int(task["row"])]
+    return float(dataset.score_answer(answer=answer, entry=entry))
 
 
 def math_verify(task: dict[str, Any], response: str) -> float:
@@ -68,11 +73,12 @@ VERIFIERS: dict[str, Verifier] = {
 }
 
 
-@cache
-def _gym_scorer(dataset: str) -> Any:
-    from reasoning_gym import get_score_answer_fn
+@lru_cache(maxsize=32)
+def _gym_dataset(name: str, params: str, seed: int) -> Any:
+    """Building one reads files, and some verifiers look at their dataset's params."""
+    from reasoning_gym import create_dataset
 
-    return get_score_answer_fn(dataset)
+    return create_dataset(name, seed=seed, **json.loads(params))
 
 
 @lru_cache(maxsize=8192)

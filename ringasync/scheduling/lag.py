@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 
 class OvertakingTracker:
-    """Tokens trained since the oldest unfinished group was admitted.
+    """Tokens trained beyond the weights under which the oldest unfinished group began.
 
     Only groups admitted in this life of the coordinator are known; what was admitted before is
     not counted, which admits too much rather than too little for the length of one generation.
@@ -16,10 +16,10 @@ class OvertakingTracker:
     def __init__(self) -> None:
         self._admitted: OrderedDict[str, int] = OrderedDict()
 
-    def admitted(self, group_ids: Iterable[str], trained_tokens: int) -> None:
-        """These groups were fed when ``trained_tokens`` had been trained in all."""
+    def admitted(self, group_ids: Iterable[str], loaded_tokens: int) -> None:
+        """Fed when the slowest worker's weights were made of ``loaded_tokens`` trained tokens."""
         for group_id in group_ids:
-            self._admitted[group_id] = trained_tokens
+            self._admitted[group_id] = loaded_tokens
 
     def complete(self, group_id: str) -> None:
         """The group is complete or ended: nothing can overtake it any more."""

@@ -90,6 +90,7 @@ class Learner:
         self.carried: deque[SimRollout] = deque()
         self.step = 0
         self.trained_total = 0
+        self.ready_tokens = self.carried_tokens = 0
         self.busy = False
         self.idle_since = 0.0
         self.untrained: Counter[SimGroup] = Counter()
@@ -101,7 +102,7 @@ class Learner:
     @property
     def waiting_tokens(self) -> int:
         """Complete and untrained: ready groups and carried trajectories."""
-        return sum(g.num_tokens for g in self.ready) + sum(r.length for r in self.carried)
+        return self.ready_tokens + self.carried_tokens
 
     def complete(self, group: SimGroup) -> None:
         """All rollouts of the group have their verdict: ready, or filtered."""
@@ -109,6 +110,7 @@ class Learner:
             self.end(group, "filtered")
         else:
             self.ready.append(group)
+            self.ready_tokens += group.num_tokens
 
     def end(self, group: SimGroup, how: GroupEnd) -> None:
         """Close the group's account."""
@@ -120,10 +122,11 @@ class Learner:
 
     def reserve(self) -> list[SimRollout]:
         """A batch's trajectories, or nothing when the budget cannot be filled."""
-        have = sum(r.length for r in self.carried)
+        have = self.carried_tokens
         groups: list[SimGroup] = []
         while self.ready and (have < self.budget or not self.settings.cut_to_budget):
             group = self.ready.popleft()
+            self.ready_tokens -= group.num_tokens
             age = self.step - group.first_step
             if self.settings.drop_stale and age > self.settings.max_staleness:
                 self.end(group, "stale")
@@ -132,6 +135,7 @@ class Learner:
             have += group.num_tokens
         if have == 0 or (have < self.budget and not self.flush):
             self.ready.extendleft(reversed(groups))
+            self.ready_tokens += sum(group.num_tokens for group in groups)
             return []
         for group in groups:
             self.result.staleness_reserved[self.step - group.first_step] += 1
@@ -153,6 +157,7 @@ class Learner:
             tokens += batch[taken].length
             taken += 1
         self.carried.extend(batch[taken:])
+        self.carried_tokens = sum(rollout.length for rollout in self.carried)
         for rollout in batch[:taken]:
             self.result.staleness_trained[self.step - rollout.first_step] += 1
             self.result.trained_lengths.append(rollout.length)

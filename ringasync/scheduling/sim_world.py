@@ -22,7 +22,9 @@ GroupEnd = Literal["", "trained", "filtered", "stale", "purged"]
 class LengthModel(Protocol):
     """Draws the lengths of one group's rollouts, in tokens (>= 1)."""
 
-    def __call__(self, rng: np.random.Generator, group_index: int, size: int) -> Sequence[int]: ...
+    def __call__(
+        self, rng: np.random.Generator, group_index: int, size: int, /
+    ) -> Sequence[int]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +67,9 @@ class SimRollout:
 
 @dataclass(slots=True, eq=False)
 class SimGroup:
-    """One prompt with its rollouts. ``trained_at_admission`` marks what had been trained then."""
+    """One prompt with its rollouts."""
 
     index: int
-    trained_at_admission: int
     rollouts: list[SimRollout] = field(default_factory=list)
     graded: int = 0
     end: GroupEnd = ""
@@ -144,9 +145,9 @@ class World:
             heapq.heappop(self._events)[2]()
         return True
 
-    def admit(self, trained_tokens: int) -> SimGroup:
+    def admit(self) -> SimGroup:
         """Feed one prompt: its rollouts are queued."""
-        group = SimGroup(len(self.groups), trained_tokens)
+        group = SimGroup(len(self.groups))
         drawn = self.lengths(self.rng, group.index, self.settings.group_size)
         group.rollouts = [SimRollout(group, length) for length in drawn]
         self.groups.append(group)

@@ -7,6 +7,8 @@ the tests, and to choose settings for a length distribution before a long run.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ringasync.scheduling.admission import GateSettings, GateView, admit
 from ringasync.scheduling.lag import OvertakingTracker, VersionLag
 from ringasync.scheduling.length_estimate import LengthEstimate
@@ -102,13 +104,15 @@ class _Pipelined:
 
     def feed(self) -> None:
         """Ask the gate and admit what it says."""
-        decision = admit(self._view(), self.gate, self.estimate.mean_tokens)
+        view = self._view()
+        decision = admit(view, self.gate, self.estimate.mean_tokens)
         if decision.groups == 0:
             return
         for _ in range(decision.groups):
-            group = self.world.admit(self.learner.trained_total)
+            group = self.world.admit()
             self._unfinished[str(group.index)] = group
-            self._overtaking.admitted([str(group.index)], group.trained_at_admission)
+            loaded = self.learner.trained_total - view.unloaded_tokens
+            self._overtaking.admitted([str(group.index)], loaded)
         added = decision.groups * self.gate.group_size * self.estimate.mean_tokens
         forced = decision.reason.startswith("nothing runs")
         unfinished = (r for g in self._unfinished.values() for r in g.rollouts if not r.graded)
@@ -136,7 +140,7 @@ def simulate_rounds(
     Purge is ``drop_group``. Groups are never dropped as stale: sigma is what bounds age here.
     """
     world = World(world_settings, lengths, seed)
-    learner = Learner(world, learner_settings, rounds.budget_tokens)
+    learner = Learner(world, replace(learner_settings, drop_stale=False), rounds.budget_tokens)
     learner.flush = True
     sim = _Rounds(world, learner, rounds, retention_max)
     world.on_graded = sim.on_graded
@@ -198,7 +202,7 @@ class _Rounds:
                     return
             elif action.kind == "feed":
                 for _ in range(action.groups):
-                    self.world.admit(self.learner.trained_total)
+                    self.world.admit()
                 self.learner.result.max_pool = max(
                     self.learner.result.max_pool, self.world.unfinished
                 )

@@ -7,6 +7,14 @@ import random
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from ringasync.config.schema import TaskConfig
+from ringasync.errors import ConfigError
+
+BUILT_IN_VERIFIERS = ("exact", "math_verify", "reasoning_gym")
+"""Names that ``ringasync.rewards.verifiers`` knows without an import path."""
+
+_USER_PREFIX = "python:"
+
 Style = Literal["worked", "short"]
 """How a solution is written: step by step, or the answer straight off."""
 
@@ -48,3 +56,19 @@ def generator(*parts: object) -> random.Random:
     """A random generator that depends on ``parts`` only, on every machine and Python."""
     digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
     return random.Random(int.from_bytes(digest, "big"))  # noqa: S311 - not for secrets
+
+
+def check_verifier(task: TaskConfig, own: str) -> str:
+    """The name of the task's verifier: the configured one, else the kind's ``own``.
+
+    Raises:
+        ConfigError: nobody knows that name. Better now than as an error of every rollout.
+    """
+    name = task.verifier or own
+    module, _, function = name.removeprefix(_USER_PREFIX).partition(":")
+    if name in BUILT_IN_VERIFIERS or (name.startswith(_USER_PREFIX) and module and function):
+        return name
+    raise ConfigError(
+        f"data.tasks {task.name!r}: unknown verifier {name!r}; known: "
+        f"{', '.join(BUILT_IN_VERIFIERS)}, or python:package.module:function"
+    )

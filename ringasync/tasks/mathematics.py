@@ -11,11 +11,11 @@ from random import Random
 
 from ringasync.config.schema import TaskConfig
 from ringasync.errors import ConfigError
-from ringasync.tasks.base import Problem, Style, generator
+from ringasync.tasks.base import Problem, Style, check_verifier, generator
 
 FAMILIES = ("linear_equation",)
 _MAX_COEFFICIENT = 12
-_KNOWN_PARAMS = ("max_terms", "max_constants")
+_KNOWN_PARAMS = ("max_terms", "max_constants", "min_left")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,14 @@ class LinearEquation:
 
 
 class MathematicsSource:
-    """Endless equations from (seed, index)."""
+    """Endless equations from (seed, index).
+
+    ``max_terms`` terms of the variable and ``max_constants`` constants at most, ``min_left`` of
+    both together at least: with two the answer straight off is as easy as the steps.
+
+    Raises:
+        ConfigError: unknown family or params.
+    """
 
     size: int | None = None
 
@@ -67,14 +74,26 @@ class MathematicsSource:
                 f"known: {', '.join(_KNOWN_PARAMS)}"
             )
         self.name = task.name
+        self._verifier = check_verifier(task, "math_verify")
         self._seed = seed
-        self._max_terms = _count(task, "max_terms")
-        self._max_constants = _count(task, "max_constants")
+        max_terms, max_constants = _count(task, "max_terms"), _count(task, "max_constants")
+        min_left = _count(task, "min_left")
+        self._shapes = [
+            (terms, constants)
+            for terms in range(1, max_terms + 1)
+            for constants in range(1, max_constants + 1)
+            if terms + constants >= min_left
+        ]
+        if not self._shapes:
+            raise ConfigError(
+                f"data.tasks {task.name!r}: params.min_left = {min_left} must be at most "
+                f"max_terms + max_constants = {max_terms + max_constants}"
+            )
 
     def problem(self, index: int) -> Problem:
         """The equation at ``index``; the verifier needs its answer only."""
         equation = self.equation(index)
-        task = {"verifier": "math_verify", "answer": equation.answer}
+        task = {"verifier": self._verifier, "answer": equation.answer}
         return Problem(equation.question(), self.name, task, "mathematics/linear_equation", index)
 
     def solution(self, index: int, style: Style) -> str | None:
@@ -86,12 +105,13 @@ class MathematicsSource:
         """The equation at ``index``."""
         draw = generator(self._seed, self.name, index)
         variable = draw.choice("xyz")
+        num_terms, num_constants = draw.choice(self._shapes)
         while True:
             first = draw.randint(1, 9)
-            others = _signed(draw, draw.randint(1, self._max_terms) - 1)
+            others = _signed(draw, num_terms - 1)
             if 2 <= first + sum(others) <= _MAX_COEFFICIENT:
                 break
-        constants = _signed(draw, draw.randint(1, self._max_constants))
+        constants = _signed(draw, num_constants)
         return LinearEquation(variable, (first, *others), constants, draw.randint(0, 9))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ringasync.config.schema import TaskConfig
 from ringasync.errors import BadPromptError, ConfigError
-from ringasync.tasks.base import Problem, Style
+from ringasync.tasks.base import BUILT_IN_VERIFIERS, Problem, Style, check_verifier
 
 
 class RowSource:
@@ -21,6 +21,7 @@ class RowSource:
         self.name = task.name
         self._task = task
         self._rows = rows
+        self._verifier = check_verifier(task, "math_verify")
         self.size: int | None = len(rows)
 
     def problem(self, index: int) -> Problem:
@@ -33,13 +34,14 @@ class RowSource:
                 "not a text with something in it"
             )
         task = {
-            "verifier": self._task.verifier or "math_verify",
-            "answer": row.get(self._task.answer_field, ""),
+            "verifier": self._verifier,
+            "answer": self._answer(row, index),
             "prompt": prompt,
             "answer_mark": self._task.answer_mark,
         }
         try:
-            json.dumps(task)
+            # Lone surrogates pass as JSON's \\u escapes, but Redis takes UTF-8 only.
+            json.dumps(task, allow_nan=False, ensure_ascii=False).encode()
         except (TypeError, ValueError) as error:
             raise BadPromptError(f"{self.name} row {index} cannot be stored: {error}") from error
         return Problem(prompt, self.name, task, self._task.dataset, index)
@@ -48,6 +50,17 @@ class RowSource:
         """The row's answer, if it is text; there are no worked steps."""
         answer = self._row(index).get(self._task.answer_field)
         return answer if isinstance(answer, str) and style == "short" else None
+
+    def _answer(self, row: dict[str, Any], index: int) -> Any:
+        """The reference answer; a user's own function may do without."""
+        answer = row.get(self._task.answer_field)
+        is_scalar = isinstance(answer, str | int | float) and not isinstance(answer, bool)
+        if self._verifier in BUILT_IN_VERIFIERS and not (is_scalar and str(answer).strip()):
+            raise BadPromptError(
+                f"{self.name} row {index}: {self._task.answer_field!r} is {_shown(answer)}, "
+                "not an answer to compare with"
+            )
+        return answer
 
     def _row(self, index: int) -> dict[str, Any]:
         row = self._rows[index]

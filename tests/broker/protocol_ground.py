@@ -17,7 +17,6 @@ from tests.conftest import CONFIG_HASH
 from .kit import Kit
 from .protocol_model import Holding, Model, Records
 
-index = st.integers(0, 7)
 T = TypeVar("T")
 
 
@@ -33,8 +32,6 @@ class ProtocolGround(RuleBasedStateMachine):
         self.model = Model()
         self.saved: tuple[dict[bytes, bytes], Records] | None = None
         self.count = 0
-        self.steps = 0
-        self.saved_at = 0
 
     def do(self, call: Coroutine[Any, Any, T]) -> T:
         return self.runner.run(call)
@@ -42,10 +39,6 @@ class ProtocolGround(RuleBasedStateMachine):
     def next(self, prefix: str) -> str:
         self.count += 1
         return f"{prefix}{self.count}"
-
-    def rarely(self, every: int) -> bool:
-        """True at one step in ``every``: moves that end much shall not drown the others."""
-        return self.steps % every == 0
 
     @initialize(mode=st.sampled_from(["pipelined", "rounds"]))
     def start(self, mode: str) -> None:

@@ -92,6 +92,11 @@ class Model:
         """Leases that the broker must honour."""
         return [holding for holding in self.holdings if not holding.void]
 
+    def forget_old_zombies(self) -> None:
+        """Keep the newest void leases only."""
+        old = [holding for holding in self.holdings if holding.void][:-12]
+        self.holdings = [holding for holding in self.holdings if holding not in old]
+
     def void(self, rollout_id: str) -> None:
         """Whoever holds this rollout is a zombie now."""
         for holding in self.holdings:

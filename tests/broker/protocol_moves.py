@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from hypothesis import strategies as st
-from hypothesis.stateful import precondition, rule
-
-from ringasync.broker.types import Verdict
+from ringasync.broker.types import Verdict, VersionInfo
 
 from .kit import item
-from .protocol_ground import ProtocolGround, index
+from .protocol_ground import ProtocolGround
 from .protocol_model import Holding
 
 MAX_ATTEMPTS = 3
@@ -19,19 +16,19 @@ class WorkMoves(ProtocolGround):
 
     # Coordinator
 
-    @rule(size=st.integers(1, 3), kind=st.sampled_from(["train", "train", "train", "eval"]))
     def feed(self, size: int, kind: str) -> None:
         group_id = self.next("e" if kind == "eval" else "g")
         self.do(self.kit.feed(group_id, size=size, kind=kind))
         self.note_group(group_id, size)
 
-    @precondition(lambda self: self.rarely(5))
-    @rule(on=st.booleans())
-    def pin(self, on: bool) -> None:
+    def do_pin(self, on: bool) -> None:
         self.do(self.broker.set_pin(self.kit.coordinator, on))
 
-    @precondition(lambda self: self.rarely(3))
-    @rule(dead=st.sets(index, max_size=2))
+    def publish(self) -> None:
+        version = self.model.latest_version + 1
+        self.do(self.broker.publish(self.kit.learner, VersionInfo(version, version, 0, "{}")))
+        self.model.versions_seen.append(version)
+
     def sessions_die(self, dead: set[int]) -> None:
         model = self.model
         gone = {s for number, s in enumerate(model.sessions) if number in dead}
@@ -42,10 +39,10 @@ class WorkMoves(ProtocolGround):
             model.void_session(holders, session)
         self.void_what_ended()
 
-    @precondition(lambda self: self.mode == "rounds" and self.rarely(2))
-    @rule()
     def round_moves_on(self) -> None:
         records, kit = self.model.records, self.kit
+        if self.mode != "rounds":
+            return
         if records.round_state == "none":
             records.round_id += 1
             self.do(self.broker.open_round(kit.coordinator, self.next("open"), records.round_id))
@@ -67,8 +64,6 @@ class WorkMoves(ProtocolGround):
             self.do(self.broker.finish_round(kit.learner, records.round_id))
             records.round_state = "none"
 
-    @precondition(lambda self: self.rarely(4))
-    @rule(sigma=st.integers(0, 2), action=st.sampled_from(["drop_group", "replace"]))
     def purge(self, sigma: int, action: str) -> None:
         request, records = self.next("purge"), self.model.records
         call = self.broker.purge
@@ -76,9 +71,8 @@ class WorkMoves(ProtocolGround):
         assert self.do(call(self.kit.coordinator, request, sigma, "replace")) == purged
         for name in purged:
             if action == "drop_group":
-                assert any(
-                    v > sigma for r, v in records.retention.items() if r[: len(name)] == name
-                )
+                carried = [v for r, v in records.retention.items() if r.split(".")[0] == name]
+                assert max(carried) > sigma
                 self.model.void_group(name)
                 continue
             assert records.retention[name] > sigma
@@ -92,16 +86,19 @@ class WorkMoves(ProtocolGround):
 
     # Workers
 
-    @precondition(lambda self: len(self.model.sessions) < 3)
-    @rule()
-    def worker_joins(self) -> None:
-        self.model.sessions.append(self.do(self.kit.session(self.next("s"))))
+    def session(self, who: int) -> str:
+        """One of the living sessions; a worker joins if there is none."""
+        if not self.model.sessions:
+            self.worker_joins()
+        return self.model.sessions[who % len(self.model.sessions)]
 
-    @precondition(lambda self: self.model.sessions)
-    @rule(who=index, n=st.integers(1, 4), behind=st.booleans())
+    def worker_joins(self) -> None:
+        if len(self.model.sessions) < 3:
+            self.model.sessions.append(self.do(self.kit.session(self.next("s"))))
+
     def take(self, who: int, n: int, behind: bool) -> None:
         model = self.model
-        session = model.sessions[who % len(model.sessions)]
+        session = self.session(who)
         version = max(1, model.latest_version - int(behind))
         for lease in self.do(self.broker.take(session, n, version)):
             model.note_token(lease.rollout_id, lease.token)
@@ -113,14 +110,12 @@ class WorkMoves(ProtocolGround):
             assert lease.group_id not in model.journalled_groups
             model.void(lease.rollout_id)
             model.holdings.append(Holding(lease, lease.num_tokens, version))
-        del model.holdings[:-12]
+        model.forget_old_zombies()
 
-    @precondition(lambda self: self.model.live())
-    @rule(which=index, length=st.integers(1, 4), newer=st.booleans())
     def append(self, which: int, length: int, newer: bool) -> None:
         holding = self.pick(which, void=False)
         if holding is None:
-            return
+            return self.take(which, length, newer)
         holding.version = self.model.latest_version if newer else holding.version
         one = item(holding.lease, holding.length, length, holding.version)
         assert self.do(self.broker.append_many("w", [one, one])) == ["ok", "duplicate"]
@@ -128,20 +123,19 @@ class WorkMoves(ProtocolGround):
         holding.length += length
         self.model.records.lengths[holding.lease.rollout_id] = holding.length
 
-    @precondition(lambda self: any(h.void for h in self.model.holdings))
-    @rule(which=index)
     def zombie_acts(self, which: int) -> None:
-        zombie = self.pick(which, void=True)
-        if zombie is None:
+        held = {holding.lease.rollout_id for holding in self.model.live()}
+        zombies = [holding for holding in self.model.holdings if holding.void]
+        if not zombies:
             return
+        robbed = [holding for holding in zombies if holding.lease.rollout_id in held]
+        zombie = (robbed or zombies)[which % len(robbed or zombies)]
         one = item(zombie.lease, zombie.length, 2, zombie.version)
         assert self.do(self.broker.append_many("w", [one]))[0] in ("fenced", "gone")
         refused = ("fenced", "gone", "duplicate")
         assert self.do(self.kit.finish(zombie.lease, zombie.length)) in refused
         assert self.do(self.kit.park(zombie.lease)) in refused
 
-    @precondition(lambda self: self.model.live())
-    @rule(which=index, why=st.sampled_from(["drain", "error: engine"]))
     def park(self, which: int, why: str) -> None:
         holding = self.pick(which, void=False)
         if holding is not None:
@@ -150,8 +144,6 @@ class WorkMoves(ProtocolGround):
             self.model.void(holding.lease.rollout_id)
             self.void_what_ended()
 
-    @precondition(lambda self: self.model.live())
-    @rule(which=index)
     def finish(self, which: int) -> None:
         holding = self.pick(which, void=False)
         if holding is not None:
@@ -159,8 +151,6 @@ class WorkMoves(ProtocolGround):
             assert self.do(self.kit.finish(holding.lease, holding.length)) == "duplicate"
             self.model.void(holding.lease.rollout_id)
 
-    @precondition(lambda self: self.model.live() and self.rarely(5))
-    @rule(which=index)
     def quarantine(self, which: int) -> None:
         holding = self.pick(which, void=False)
         if holding is not None:
@@ -168,9 +158,9 @@ class WorkMoves(ProtocolGround):
             assert self.do(self.broker.quarantine_many("w", [row])) == ["ok"]
             self.model.void_group(holding.lease.group_id)
 
-    @precondition(lambda self: self.model.sessions and self.rarely(4))
-    @rule(who=index)
     def worker_leaves(self, who: int) -> None:
+        if not self.model.sessions:
+            return
         holders = self.holders()
         session = self.model.sessions.pop(who % len(self.model.sessions))
         self.do(self.broker.close_session(session))
@@ -178,18 +168,16 @@ class WorkMoves(ProtocolGround):
 
     # Graders
 
-    @precondition(lambda self: self.model.sessions)
-    @rule(who=index, n=st.integers(1, 4))
     def take_grading(self, who: int, n: int) -> None:
-        session = self.model.sessions[who % len(self.model.sessions)]
+        session = self.session(who)
         for job in self.do(self.broker.take_grading(session, n)):
             self.model.note_token(job.rollout_id, job.token)
             self.model.void(job.rollout_id)
             self.model.jobs.append((job, False))
 
-    @precondition(lambda self: self.model.jobs)
-    @rule(which=index, reward=st.sampled_from([0.0, 1.0, 1.0, 0.5, None]))
     def grade(self, which: int, reward: float | None) -> None:
+        if not self.model.jobs:
+            return
         job, void = self.model.jobs.pop(which % len(self.model.jobs))
         verdict = Verdict(job.rollout_id, job.token, reward, "" if reward is not None else "boom")
         call = self.broker.grade_many
@@ -199,12 +187,10 @@ class WorkMoves(ProtocolGround):
         assert again[0] in ("fenced", "gone", "duplicate")
         self.void_what_ended()
 
-    @precondition(lambda self: self.model.sessions and self.mode == "pipelined")
-    @rule(who=index)
     def everything_is_finished_and_graded(self, who: int) -> None:
         """A worker that works: without it, few random moves would bring a group to the learner."""
         model, version = self.model, self.model.latest_version
-        session = model.sessions[who % len(model.sessions)]
+        session = self.session(who)
         self.take(who, 4, False)
         for holding in model.live():
             if holding.lease.kind == "train":

@@ -9,11 +9,12 @@ most once, nothing of a zombie is accepted, no lease token, version or fencing t
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import invariant, rule, run_state_machine_as_test
 
 from ringasync.broker.types import TrainedTokens, VersionInfo
 from ringasync.errors import FencedError
@@ -24,30 +25,76 @@ from .protocol_model import Batch
 from .protocol_moves import WorkMoves
 from .snapshot import restore, snapshot
 
+MOVES = (
+    *("feed", "take", "take", "append", "append", "append", "park", "finish", "take_grading"),
+    *("grade", "work", "work", "work", "learn", "learn", "learn", "learn", "round", "round"),
+    *("zombie", "zombie", "join", "leave", "die", "quarantine", "purge", "pin", "publish"),
+    *("crash", "save", "rollback"),
+)
+"""Weighted: what ends or resets much is rarer than work."""
 EXAMPLES = int(os.environ.get("RINGASYNC_FUZZ_EXAMPLES", "0"))
 
 
 class ProtocolMachine(WorkMoves):
     """The learner, its journal, Redis losing its tail, and what must hold after every move."""
 
+    @rule(
+        kind=st.sampled_from(MOVES),
+        which=st.integers(0, 7),
+        n=st.integers(1, 4),
+        flag=st.booleans(),
+    )
+    def move(self, kind: str, which: int, n: int, flag: bool) -> None:
+        """One move of anybody. One rule, because hypothesis would leave most of many rules out."""
+        work: dict[str, Callable[[], None]] = {
+            "feed": lambda: self.feed(1 + n % 3, "eval" if which == 0 else "train"),
+            "take": lambda: self.take(which, n, flag),
+            "append": lambda: self.append(which, n, flag),
+            "park": lambda: self.park(which, "drain" if flag else "error: engine"),
+            "finish": lambda: self.finish(which),
+            "take_grading": lambda: self.take_grading(which, n),
+            "grade": lambda: self.grade(which, (0.0, 1.0, 0.5, None)[n - 1]),
+            "work": lambda: self.everything_is_finished_and_graded(which),
+            "learn": lambda: self.learner_works(n, which % 3, flag),
+            "round": self.round_moves_on,
+            "zombie": lambda: self.zombie_acts(which),
+            "join": self.worker_joins,
+            "leave": lambda: self.worker_leaves(which),
+            "die": lambda: self.sessions_die({which % 4, n}),
+            "quarantine": lambda: self.quarantine(which),
+            "purge": lambda: self.purge(n % 3, "replace" if flag else "drop_group"),
+            "pin": lambda: self.do_pin(flag),
+            "publish": self.publish,
+            "crash": self.learner_crashes,
+            "save": self.redis_saves,
+            "rollback": self.redis_loses_its_tail,
+        }
+        work[kind]()
+
     # Learner
 
-    @precondition(lambda self: self.rarely(3))
-    @rule()
-    def publish(self) -> None:
-        version = self.model.latest_version + 1
-        self.do(self.broker.publish(self.kit.learner, VersionInfo(version, version, 0, "{}")))
-        self.model.versions_seen.append(version)
-
-    def may_reserve(self) -> bool:
+    def learner_works(self, n: int, keep: int, mask: bool) -> None:
+        """One to four steps of: reserve, journal, commit, train. Every call comes twice."""
         learner = self.model.learner
-        return bool(not learner.reserved and self.idle() and self.do(self.broker.ready_groups(1)))
+        for _ in range(n):
+            if learner.reserved:
+                self.model.journal(keep, mask)
+            elif learner.committed < len(learner.journal):
+                for _ in range(2):
+                    self.do(self.commit(learner.journal[learner.committed]))
+                learner.committed += 1
+            elif not self.idle():
+                for _ in range(2):
+                    self.do(self.train(learner.journal[learner.trained]))
+                learner.trained += 1
+            else:
+                self.reserve(n)
 
-    @precondition(may_reserve)
-    @rule(n=st.integers(1, 3))
     def reserve(self, n: int) -> None:
         learner = self.model.learner
         ids = [group.group_id for group in self.do(self.broker.ready_groups(n))]
+        if not ids:
+            return
         learner.batches += 1
         batch_id, call = f"b{learner.batches}", self.broker.reserve
         groups, stale = self.do(call(self.kit.learner, batch_id, ids, 0, 10**6))
@@ -55,27 +102,6 @@ class ProtocolMachine(WorkMoves):
         assert [group.group_id for group in groups] == ids
         learner.reserved, learner.reserved_groups = batch_id, tuple(groups)
 
-    @precondition(lambda self: self.model.learner.reserved)
-    @rule(keep=st.integers(0, 2), mask=st.booleans())
-    def journal(self, keep: int, mask: bool) -> None:
-        self.model.journal(keep, mask)
-
-    @precondition(lambda self: not self.idle())
-    @rule()
-    def learner_works(self) -> None:
-        """One step forward: commit what is journalled, or train what is committed."""
-        learner = self.model.learner
-        if learner.committed < len(learner.journal):
-            for _ in range(2):
-                self.do(self.commit(learner.journal[learner.committed]))
-            learner.committed += 1
-        else:
-            for _ in range(2):
-                self.do(self.train(learner.journal[learner.trained]))
-            learner.trained += 1
-
-    @precondition(lambda self: self.rarely(8) or not self.idle())
-    @rule()
     def learner_crashes(self) -> None:
         """Another learner takes over; the old one is fenced; the journal settles the rest."""
         old = self.kit.learner
@@ -133,16 +159,12 @@ class ProtocolMachine(WorkMoves):
 
     # Redis
 
-    @precondition(lambda self: self.saved is None or self.rarely(5))
-    @rule()
     def redis_saves(self) -> None:
-        self.saved_at = self.steps
         self.saved = (self.do(snapshot(self.broker)), self.model.save())
 
-    @precondition(lambda self: self.saved is not None and self.steps > self.saved_at + 5)
-    @rule()
     def redis_loses_its_tail(self) -> None:
-        assert self.saved is not None
+        if self.saved is None:
+            return self.redis_saves()
         keys, records = self.saved
         self.do(self.roll_back(keys))
         self.model.records, self.saved = records, None
@@ -167,7 +189,6 @@ class ProtocolMachine(WorkMoves):
 
     @invariant()
     def balanced(self) -> None:
-        self.steps += 1
         if hasattr(self, "kit"):
             self.do(self.kit.check())
 
@@ -184,8 +205,8 @@ def test_the_protocol_under_random_moves(redis_server: RedisServer) -> None:
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=EXAMPLES or 40,
-            stateful_step_count=50,
+            max_examples=EXAMPLES or 80,
+            stateful_step_count=70,
             deadline=None,
             derandomize=not EXAMPLES,
             phases=[Phase.generate] if not EXAMPLES else [Phase.generate, Phase.shrink],

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
+from ringasync.broker import core
+from ringasync.broker.core import script_source
 from ringasync.broker.types import TrainedTokens, VersionInfo
 from ringasync.errors import FencedError, InvariantError, WeightError
 
@@ -161,3 +165,51 @@ async def test_a_learner_that_lost_its_lock_changes_nothing(kit: Kit) -> None:
     await kit.broker.renew_lock(new, 5000)
     assert await kit.broker.backlog() == before
     assert await kit.broker.batches() == {}
+
+
+async def test_rollouts_without_a_token_are_trained_as_nothing(kit: Kit) -> None:
+    await kit.ready("g1", tokens=2)
+    await kit.feed("g2")
+    await kit.session("w")
+    for lease in await kit.broker.take("w", 2, 1):
+        await kit.finish(lease, 0)
+    await kit.grade(await kit.broker.take_grading("w", 2), [0.0, 1.0])
+    groups, stale = await kit.broker.reserve(kit.learner, "b1", ["g1", "g2"], 10**6, 10**6)
+    assert stale == []
+    assert [rollout.segments for rollout in groups[1].rollouts] == [(), ()]
+    await kit.broker.commit(kit.learner, "b1", {"g1": 2, "g2": 2})
+    items = [TrainedTokens("g1", 0, 4, 0), TrainedTokens("g2", 0, 0, 0)]
+    assert await kit.broker.mark_trained(kit.learner, "b1", items, 1)
+    assert await kit.check() == {"masked": 4}
+
+
+@pytest.fixture
+def few_groups() -> Iterator[None]:
+    """Scripts that keep three ended groups."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(core, "script_source", _few_groups)
+        core._digest.cache_clear()
+        yield
+    core._digest.cache_clear()
+
+
+@pytest.mark.usefixtures("few_groups")
+async def test_ended_groups_stay_readable_in_a_bounded_number(kit: Kit) -> None:
+    for number in range(5):
+        await kit.ready(f"g{number}")
+        await kit.broker.reserve(kit.learner, f"b{number}", [f"g{number}"], 0, 3)
+        await kit.broker.commit(kit.learner, f"b{number}", {f"g{number}": 2})
+        items = [TrainedTokens(f"g{number}", 8, 0, 0)]
+        await kit.broker.mark_trained(kit.learner, f"b{number}", items, 1)
+    assert [await kit.group_state(f"g{n}") for n in range(5)] == ["absent"] * 2 + ["trained"] * 3
+    assert [await kit.state(f"g{n}.1") for n in (1, 2)] == ["absent", "taken"]
+    assert await kit.broker.history("g1.0") == []
+    assert (await kit.broker.history("g2.0"))[-1]["event"] == "taken"
+    for name in (kit.broker.keys.rollout("g4.0"), kit.broker.keys.group("g4")):
+        assert 3500 < await kit.broker.client.ttl(name) <= 3600
+    assert await kit.check() == {"trained": 40}
+
+
+def _few_groups(name: str, simulated: bool) -> bytes:
+    source = script_source(name, simulated)
+    return source.replace(b"KEEP_GROUPS = 1024", b"KEEP_GROUPS = 3")

@@ -1,4 +1,4 @@
-"""A coordinator process with scripted prompts: ``python -m tests.coordinator.child FILE URL SIZE``."""
+"""A coordinator process with scripted prompts: ``... tests.coordinator.child FILE URL SIZE``."""
 
 from __future__ import annotations
 

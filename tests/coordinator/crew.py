@@ -138,7 +138,10 @@ class Crew:
 
     async def beat(self) -> None:
         """Heartbeat; load the newest version, or the pinned one."""
-        status = {"doing": "generating", "policy_version": self.loaded}
+        status: dict[str, str | int | float] = {
+            "doing": "generating",
+            "policy_version": self.loaded,
+        }
         poll = await self.broker.heartbeat(self.session, TTL_MS, status)
         if not poll.alive:
             await self.open()
@@ -295,7 +298,7 @@ async def fed_indices(broker: Broker) -> dict[str, int]:
     async for key in broker.client.scan_iter(match=broker.keys.prefix + "group:g*", count=1000):
         group_id = key.decode().rpartition(":")[2]
         index = await broker.client.hget(key, "source_index")
-        found[group_id] = int(index)
+        found[group_id] = int(index or -1)
     return found
 
 

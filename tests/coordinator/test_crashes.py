@@ -33,7 +33,9 @@ async def finish_with(
     assert sorted(fed.values()) == list(range(len(fed)))
     lines = metrics(config)
     assert_each_entry_once(lines)
-    ended = [line["group"] for line in lines if line["kind"] == "outcome" and line["end"] == "ready"]
+    ended = [
+        line["group"] for line in lines if line["kind"] == "outcome" and line["end"] == "ready"
+    ]
     assert len(ended) == len(set(ended))
     assert [line["label"] for line in lines if line["kind"] == "eval"] == ["first", "last"]
     assert (await broker.audit()).balanced

@@ -154,7 +154,7 @@ class TinyRun:
 
 def ringasync(*arguments: str | Path, env: dict[str, str] | None = None) -> list[str]:
     """Command line of the CLI in this interpreter."""
-    return [sys.executable, "-m", "ringasync.cli.main", *map(str, arguments)]
+    return [sys.executable, "-m", "ringasync", *map(str, arguments)]
 
 
 def write_config(folder: Path, settings: dict[str, Any]) -> Path:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
-import os
-import sys
+import runpy
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from learner.__main__ import main
 from learner.backends.torch_backend import TorchBackend, TorchSettings
 from learner.batch import BatchItem, TrainBatch
 from learner.checkpoint import Checkpoint, load_latest
@@ -127,8 +125,7 @@ max_new_tokens = 32
 mode = "{mode}"
 group_size = 4
 max_staleness = {max_staleness}
-budget.tokens = 120
-filter_zero_variance = {filtered}
+budget.tokens = {budget}
 [learner]
 steps = {steps}
 lr = 1e-3
@@ -145,8 +142,10 @@ probe_sequences = 2
 
 def write_config(directory: Path, name: str, model: Path, **values: object) -> Path:
     """A configuration file of a small run; ``values`` fill the template."""
-    filled: dict[str, object] = {"mode": "pipelined", "steps": 5, "max_staleness": 50, **values}
-    filled.setdefault("filtered", "true")
+    filled: dict[str, object] = {
+        **{"mode": "pipelined", "steps": 5, "max_staleness": 50, "budget": 120},
+        **values,
+    }
     path = directory / f"{name}.toml"
     text = CONFIG.format(name=name, directory=directory / "runs", model=model, **filled)
     path.write_text(text, encoding="utf-8")
@@ -297,16 +296,9 @@ class Feeder:
         await self.broker.close()
 
 
+_CHILD = Path(__file__).with_name("learner_child.py")
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["learner.app", "transformers.models.qwen3.modeling_qwen3"])
-
-
-def _learner_main(argv: Sequence[str], environment: dict[str, str], log_path: str) -> None:
-    log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    os.environ.update(environment)
-    sys.exit(main(argv))
 
 
 @dataclass
@@ -326,8 +318,10 @@ class LearnerProcess:
             environment["RINGASYNC_CRASH_AT"] = crash_at
         log_path = config.with_suffix(".log")
         argv = [str(config), "--redis-url", url, *extra]
-        arguments = (argv, environment, str(log_path))
-        process = _FORKS.Process(target=_learner_main, args=arguments, daemon=True)
+        child = {"ARGUMENTS": (argv, environment, str(log_path))}
+        process = _FORKS.Process(
+            target=runpy.run_path, args=(str(_CHILD), child, "__main__"), daemon=True
+        )
         process.start()
         return cls(process, log_path)
 

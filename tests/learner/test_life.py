@@ -321,3 +321,36 @@ async def test_two_learners_race_for_the_lock(feeder: Feeder, any_redis: RedisSe
         codes = await asyncio.gather(one.wait(), other.wait())
         assert list(codes) == [0, 0], one.log()
     await check_ledger(feeder, 5 * 120)
+
+
+async def test_a_batch_of_carried_trajectories_alone(
+    tmp_path: Path, model_dir: Path, any_redis: RedisServer, run_name: str
+) -> None:
+    path = write_config(tmp_path, run_name, model_dir, steps=6, budget=32)
+    feeder = await Feeder.make(any_redis.url, path)
+    await feeder.feed(4)
+    async with learner_of(feeder, any_redis, crash_at="committed:3") as learner:
+        assert await learner.wait() == -signal.SIGKILL
+    async with learner_of(feeder, any_redis) as learner:
+        assert await learner.wait() == 0, learner.log()
+    rows = await feeder.metrics()
+    assert min(row["num_groups"] for row in rows) == 0
+    await check_ledger(feeder, 6 * 32)
+    await feeder.close()
+
+
+async def test_refused_weights_stop_the_learner_until_lifted(
+    feeder: Feeder, any_redis: RedisServer
+) -> None:
+    async with learner_of(feeder, any_redis) as learner:
+        await feeder.published(1)
+        for worker in ("w1", "w2"):
+            await feeder.broker.open_session(worker, "worker", 60_000, {"worker": worker})
+            await feeder.broker.report_bad_version(worker, 1, "canary")
+        await feeder.feed(14)
+        assert await learner.wait() == 1
+        assert "publication is blocked" in learner.log()
+    await feeder.broker.unblock_publication(feeder.coordinator)
+    async with learner_of(feeder, any_redis) as learner:
+        assert await learner.wait() == 0, learner.log()
+    await check_ledger(feeder, 5 * 120)

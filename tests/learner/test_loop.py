@@ -5,9 +5,13 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from learner.backends.base import ScoredSequence
+from learner.backends.torch_backend import TorchBackend, TorchSettings
+from ringasync.broker.types import VersionInfo
 from ringasync.weights.manifest import load_manifest
 
 from ..conftest import RedisServer
@@ -15,6 +19,20 @@ from .kit import Feeder, LearnerProcess, check_ledger, config_path, newest_check
 
 STEPS = 5
 GROUPS = 14  # 14 x 4 rollouts of about 15 tokens: more than five budgets of 120
+
+
+def check_probe(feeder: Feeder, latest: VersionInfo) -> None:
+    """The canary holds the log-probs that the published folder gives, not those before the step."""
+    manifest = load_manifest(latest.manifest)
+    assert len(manifest.probe) == 2
+    folder = feeder.config.run_dir / "weights" / manifest.location
+    settings = TorchSettings(feeder.config.learner, feeder.config.loss)
+    backend = TorchBackend.from_pretrained(str(folder), settings)
+    scored = backend.logprobs(
+        [ScoredSequence(one.prompt_ids, one.token_ids) for one in manifest.probe], temperature=1.0
+    )
+    for one, values in zip(manifest.probe, scored, strict=True):
+        np.testing.assert_allclose(values, one.logprobs, atol=1e-5)
 
 
 async def test_trains_to_the_end(feeder: Feeder, tmp_path: Path, any_redis: RedisServer) -> None:
@@ -26,7 +44,7 @@ async def test_trains_to_the_end(feeder: Feeder, tmp_path: Path, any_redis: Redi
     latest = await feeder.broker.version()
     assert latest is not None
     assert (latest.version, latest.learner_step) == (STEPS + 1, STEPS)
-    assert len(load_manifest(latest.manifest).probe) == 2
+    check_probe(feeder, latest)
     metrics = [row for _, row in await feeder.broker.read_metrics("0", 100)]
     assert [row["step"] for row in metrics] == list(range(1, STEPS + 1))
     assert all(row["budget_fill"] == 1.0 and row["role"] == "learner" for row in metrics)

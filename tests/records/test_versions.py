@@ -23,11 +23,9 @@ FORKED = {
 
 @pytest.mark.parametrize(
     ("version", "now", "expected"),
-    [(1, 5, 5), (3, 5, 3), (4, 5, 0), (4, 9, 4), (2, 1, 0), (9, 5, None), (0, 5, None)],
+    [(1, 5, 5), (3, 5, 3), (4, 5, 0), (4, 9, 4), (2, 1, 0)],
 )
-def test_on_a_straight_line_it_is_the_difference(
-    version: int, now: int, expected: int | None
-) -> None:
+def test_on_a_straight_line_it_is_the_difference(version: int, now: int, expected: int) -> None:
     assert staleness_steps(version, STRAIGHT, now) == expected
 
 
@@ -46,6 +44,14 @@ def test_on_a_straight_line_it_is_the_difference(
 )
 def test_abandoned_lines_go_down_to_the_fork_and_up_again(version: int, expected: int) -> None:
     assert staleness_steps(version, FORKED, 18) == expected
+
+
+def test_an_unknown_version_counts_as_the_next_older_known_one() -> None:
+    steps = {2: (10, 0), 5: (20, 0)}
+    assert staleness_steps(3, steps, 21) == staleness_steps(2, steps, 21) == 11
+    assert staleness_steps(9, steps, 21) == 1
+    assert staleness_steps(1, steps, 21) is None
+    assert staleness_steps(1, {}, 21) is None
 
 
 def test_a_second_life_from_the_same_checkpoint_is_another_line() -> None:

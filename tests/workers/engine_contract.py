@@ -388,10 +388,13 @@ class EngineContract:
     ) -> None:
         await engine.generate([request("r", prompts(kit, 1)[0], 60)])
         kit.kill(engine)
+
+        async def read_for_ever() -> None:
+            while True:
+                await engine.outputs()
+
         with pytest.raises(EngineError):
-            async with asyncio.timeout(TIMEOUT_S):
-                while True:
-                    await engine.outputs()
+            await asyncio.wait_for(read_for_ever(), TIMEOUT_S)
         async with asyncio.timeout(TIMEOUT_S):
             await engine.stop()
 

@@ -175,6 +175,7 @@ async def test_a_drain_while_redis_is_full_ends_in_time(
     running.engine.step(9)
     await until(lambda: running.worker.flusher.full_since_s is not None, "Redis to be full")
     assert "not drained in time" in await running.stop()
+    assert not running.worker.is_drained
     await world.broker.client.config_set("maxmemory", 0)
 
 
@@ -188,7 +189,7 @@ async def test_redis_is_killed_and_the_worker_goes_on(
     await until(lambda: int(running.worker.status()["tokens_generated"]) > 100, "tokens")
     assert own_redis.pid is not None
     os.kill(own_redis.pid, signal.SIGKILL)
-    await until(lambda: own_redis.has_ended, "the server's end")
+    await until(own_redis.has_ended, "the server's end")
     await until(lambda: "unsent tokens" in running.worker.control.held_by, "the engine to be held")
     assert running.worker.store.most_unsent_tokens() <= 2 * 16
     assert await asyncio.to_thread(own_redis.start_blocking) == world.url

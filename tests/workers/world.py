@@ -41,10 +41,10 @@ PROMPT = (1, 2, 3)
 MakeTestEngine = Callable[[SamplingParams], Engine]
 
 
-async def until(condition: Callable[[], Any], what: str) -> None:
+async def until(condition: Callable[[], Any], what: str, deadline_s: float = DEADLINE_S) -> None:
     """Wait for a condition, plain or awaitable; fails the test at a deadline."""
     try:
-        async with asyncio.timeout(DEADLINE_S):
+        async with asyncio.timeout(deadline_s):
             while True:
                 met = condition()
                 if isinstance(met, Awaitable):
@@ -53,7 +53,7 @@ async def until(condition: Callable[[], Any], what: str) -> None:
                     return
                 await asyncio.sleep(0.01)
     except TimeoutError:
-        raise AssertionError(f"waited {DEADLINE_S} s for: {what}") from None
+        raise AssertionError(f"waited {deadline_s} s for: {what}") from None
 
 
 @dataclass
@@ -193,10 +193,8 @@ class World:
         self, name: str, make_engine: MakeTestEngine | None = None, **options: Any
     ) -> RunningWorker:
         """Start a worker; by default its engine steps by itself, one token a millisecond."""
-        config = self.config
-        if options:
-            worker = config.worker.model_copy(update=options)
-            config = config.model_copy(update={"worker": worker})
+        settings = self.config.worker.model_copy(update=options)
+        config = self.config.model_copy(update={"worker": settings})
         make = make_engine or (lambda sampling: ScriptedEngine(sampling, step_interval_s=0.001))
         engines: list[Any] = []
 
@@ -243,7 +241,7 @@ class World:
     async def record(self, rollout_id: str) -> FlatResponse:
         """A rollout's segments, decoded and joined (which checks that they fit together)."""
         raw = await self.broker.client.lrange(self.broker.keys.segments(rollout_id), 0, -1)
-        return join_segments([decode_segment(payload) for payload in raw])
+        return join_segments([decode_segment(p) for p in raw if isinstance(p, bytes)])
 
     async def wait_state(self, state: str, *rollout_ids: str) -> None:
         """Wait until all rollouts are in this state."""

@@ -22,24 +22,24 @@ class EngineFactory:
     config: Config
     seed: int
 
-    def __call__(self, weights_dir: Path) -> Engine:
-        """An engine that is not started yet.
+    def prepare(self) -> None:
+        """Check the settings and load the engine's libraries, which takes seconds.
 
-        Raises ``ConfigError`` for an engine or option that this build does not have.
+        Call it before the session is opened: a heartbeat does not wait that long. Raises
+        ``ConfigError`` for an engine or option that this build does not have.
         """
-        config, worker = self.config, self.config.worker
+        worker = self.config.worker
         if worker.engine != "transformers":
             raise ConfigError(
                 f"worker.engine = {worker.engine!r} is not in this build: use 'transformers'"
             )
-        from workers.engines.transformers_engine import TransformersEngine, TransformersOptions
+        self._options()
 
-        try:
-            options = TypeAdapter(TransformersOptions).validate_python(
-                worker.engine_options, extra="forbid"
-            )
-        except ValidationError as error:
-            raise ConfigError(f"worker.engine_options: {error}") from None
+    def __call__(self, weights_dir: Path) -> Engine:
+        """An engine that is not started yet. Raises ``EngineError`` when the folder is no model."""
+        from workers.engines.transformers_engine import TransformersEngine
+
+        config, worker = self.config, self.config.worker
         return TransformersEngine(
             SamplingParams(
                 config.sampling.temperature, read_limits(weights_dir, config).eos_token_ids
@@ -49,8 +49,18 @@ class EngineFactory:
             seed=self.seed,
             keep_kv=worker.kv == "keep",
             threads=worker.threads,
-            options=options,
+            options=self._options(),
         )
+
+    def _options(self) -> Any:
+        from workers.engines.transformers_engine import TransformersOptions
+
+        try:
+            return TypeAdapter(TransformersOptions).validate_python(
+                self.config.worker.engine_options, extra="forbid"
+            )
+        except ValidationError as error:
+            raise ConfigError(f"worker.engine_options: {error}") from None
 
 
 def read_limits(weights_dir: Path, config: Config) -> ModelLimits:

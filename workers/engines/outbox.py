@@ -48,6 +48,8 @@ class Outbox(OutputRouter):  # type: ignore[misc]
         super().__init__()
         self.running: dict[str, RunningRequest] = {}
         self.filled = asyncio.Event()
+        self.urgent = asyncio.Event()
+        """A request ended (or failed): its place in the batch is free."""
         self._policy_version = policy_version
         self._by_request: dict[str, str] = {}
         self._error: str | None = None
@@ -57,6 +59,7 @@ class Outbox(OutputRouter):  # type: ignore[misc]
         self._news: dict[str, Any] = {}
         self._chunks: list[TokenChunk] = []
         self._waking = False
+        self._urging = False
 
     # Called in the manager's thread.
 
@@ -67,15 +70,23 @@ class Outbox(OutputRouter):  # type: ignore[misc]
     def deliver_batch(self, outputs: list[Any]) -> None:
         """All requests of one step have news."""
         with self._lock:
+            ended = False
             for output in outputs:
                 self._news[output.request_id] = output
+                ended = ended or output.status >= RequestStatus.FINISHED
                 if output.status == RequestStatus.FAILED and output.request_id in self.running:
                     self._error = output.error or "request failed without a message"
-            wake, self._waking = not self._waking, True
+            wake = not self._waking or (ended and not self._urging)
+            self._waking, self._urging = True, self._urging or ended
         if wake:
             # The loop may be closed already when a process is going down.
             with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self.filled.set)
+                self._loop.call_soon_threadsafe(self._wake, ended)
+
+    def _wake(self, ended: bool) -> None:
+        self.filled.set()
+        if ended:
+            self.urgent.set()
 
     # Called from the asyncio side.
 
@@ -84,8 +95,9 @@ class Outbox(OutputRouter):  # type: ignore[misc]
         with self._lock:
             self._take_all()
             chunks, self._chunks = self._chunks, []
-            self._waking = False
+            self._waking = self._urging = False
             self.filled.clear()
+            self.urgent.clear()
         return chunks
 
     def relabel(self, policy_version: int) -> None:

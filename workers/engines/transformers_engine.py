@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ from workers.engines.base import (
 from workers.engines.outbox import LiveRequestState, Outbox
 
 _ALIVE_CHECK_S = 0.5
+_MANAGER_LOG = "ContinuousBatchingLogger"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +54,8 @@ class TransformersOptions:
     page_size_tokens: int = 32
     max_batch_tokens: int = 1024
     max_cached_tokens: int = 0
-    gather_ms: int = 10
-    """How long tokens gather before ``outputs`` hands them out."""
+    gather_ms: int = 50
+    """How long tokens gather before ``outputs`` hands them out, unless a request ends."""
     attention: str = "padded"
     """``padded``: see ``paged_attention``. ``stock``: transformers' own, for comparison."""
 
@@ -133,7 +135,9 @@ class TransformersEngine:
                 async with asyncio.timeout(_ALIVE_CHECK_S):
                     await outbox.filled.wait()
                 # Waking for each step would cost the generation thread the interpreter's lock.
-                await asyncio.sleep(self._options.gather_ms / 1000)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self._options.gather_ms / 1000):
+                        await outbox.urgent.wait()
             except TimeoutError:
                 # Should the thread die without a word, nothing would ever set the event.
                 _, manager = self._require()
@@ -184,7 +188,7 @@ class TransformersEngine:
 
     def _build(self, weights_dir: Path) -> None:
         torch.set_num_threads(self._threads)
-        transformers.utils.logging.disable_progress_bar()
+        _tame_logs()
         self._dtypes = live_weights.stored_dtypes(weights_dir)
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
@@ -329,3 +333,13 @@ class TransformersEngine:
 
     async def _in_control_thread(self, function: Any, *args: Any) -> None:
         await asyncio.get_running_loop().run_in_executor(self._control, function, *args)
+
+
+def _tame_logs() -> None:
+    """No progress bars, and the manager's log goes where ours go, from warnings upwards."""
+    transformers.utils.logging.disable_progress_bar()
+    logger = logging.getLogger(_MANAGER_LOG)
+    logger.handlers.clear()
+    logger.propagate = True
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.WARNING)

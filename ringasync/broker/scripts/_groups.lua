@@ -71,6 +71,20 @@ local function leave_batch(batch, gid)
   call('HSET', key, 'groups', table.concat(kept, ','))
 end
 
+-- Ended groups stay readable for an hour, but only the last KEEP_GROUPS of them: memory must not
+-- grow with the speed of a run.
+local function bury(gid)
+  call('RPUSH', P .. 'ended', gid)
+  if call('LLEN', P .. 'ended') <= KEEP_GROUPS then return end
+  local old = call('LPOP', P .. 'ended')
+  local state = call('HGET', P .. 'group:' .. old, 'state')
+  if not state or not END_ACCOUNT[state] then return end -- forced back to taken after a rollback
+  for _, rid in ipairs(members(old)) do
+    call('DEL', P .. 'rollout:' .. rid, P .. 'hist:' .. rid)
+  end
+  call('DEL', P .. 'group:' .. old)
+end
+
 -- End an open, ready or reserved group: siblings follow, tokens go to the end's account.
 local function end_group(group, state, reason, t)
   local gid, total, rows = group.id, 0, {}
@@ -99,6 +113,7 @@ local function end_group(group, state, reason, t)
   call('HSET', key, 'state', state, 'reason', reason, 'ended_ms', str(t), 'ended_tokens', str(total))
   call('HDEL', key, 'prompt', 'prompt_ids', 'task')
   call('EXPIRE', key, KEEP_S)
+  bury(gid)
   emit(gid, group, state, rows, reason, t)
 end
 

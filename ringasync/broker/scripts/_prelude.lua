@@ -3,6 +3,7 @@
 local P = KEYS[1]
 local call = redis.call
 local KEEP_S = 3600 -- how long small hashes of ended things stay readable
+local KEEP_GROUPS = 1024 -- and of how many ended groups
 
 -- Rollout state -> ledger account while the rollout is alive.
 local ACCOUNT = {

@@ -25,6 +25,7 @@ for i = 0, count - 1 do
   if reason ~= '' then
     call('HSET', key, 'state', 'quarantined', 'reason', reason, 'ended_ms', str(t), 'members', '')
     call('EXPIRE', key, KEEP_S)
+    bury(gid)
     emit(gid, { kind = kind, domain = domain }, 'quarantined', {}, reason, t)
   else
     local ids = {}

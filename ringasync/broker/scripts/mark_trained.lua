@@ -1,3 +1,4 @@
+-- uses: groups
 -- role, token, batch, learner_step, then four an item: group, trained, masked, open trajectories.
 local refused = fenced(ARGV[1], ARGV[2])
 if refused then return refused end
@@ -25,6 +26,7 @@ for i = 5, #ARGV, 4 do
   if int(ARGV[i + 3]) == 0 then
     call('HSET', group, 'state', 'trained', 'ended_ms', str(t), 'ended_tokens', call('HGET', group, 'tokens') or '0')
     call('EXPIRE', group, KEEP_S)
+    bury(gid)
     call('SREM', P .. 'live', gid)
     count_group('train', 'taken', nil)
   end

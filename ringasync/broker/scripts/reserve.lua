@@ -40,7 +40,7 @@ for gid in string.gmatch(found[2], '[^,]+') do
   local row = { gid, v[1] or '', v[2] or '[]', v[3] or '0' }
   for _, rid in ipairs(members(gid)) do
     local r = read_rollout(rid)
-    row[#row + 1] = { rid, r.reward, r.finish, str(r.retention) }
+    row[#row + 1] = { rid, r.reward, r.finish, str(r.retention), call('LLEN', P .. 'seg:' .. rid) }
   end
   rows[#rows + 1] = row
 end
