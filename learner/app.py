@@ -131,7 +131,8 @@ async def _run_under_lock(
         beating.cancel()
         working.cancel()
         await asyncio.wait({beating, working})
-    await keeper.close()
+        with contextlib.suppress(RingError):  # the lock may be another's by now, or Redis away
+            await keeper.close()
 
 
 async def _work(

@@ -197,6 +197,9 @@ def _prompts(mixture: Mixture, count: int) -> Iterator[str]:
 
 def train_starter(config: Config, folder: Path, report: Report) -> None:
     """Fine-tune a fresh model and save it with its tokenizer into ``folder`` (HF format)."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # ours is on the terminal
     settings = config.starter
     torch.set_num_threads(settings.threads)
     torch.manual_seed(config.run.seed)

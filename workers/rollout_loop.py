@@ -18,7 +18,7 @@ from ringasync.records.states import Phase
 from ringasync.runtime.shutdown import Shutdown
 from ringasync.weights.canary import ProbeGate
 from ringasync.weights.transport import Transport
-from workers.buffers import LocalRollout, RolloutStore
+from workers.buffers import RolloutStore
 from workers.engine_control import EngineControl, MakeEngine
 from workers.engines.base import TokenChunk
 from workers.flusher import Flusher
@@ -210,7 +210,7 @@ class RolloutWorker:
         await self._drop_lost()
         await self._follow_pause(poll)
         if poll.round_state == "closing":
-            await self._park("round closed", lambda rollout: rollout.lease.kind == "train")
+            await self._park("round closed", "train")
         await self._follow_weights(poll)
         if self.control.is_running:
             await self._take(poll)
@@ -256,7 +256,7 @@ class RolloutWorker:
                 await self.weights.start(version)
             else:
                 # A rollout of an evaluation has one version; whoever has it loaded goes on.
-                await self._park("weights move on", lambda rollout: rollout.lease.kind == "eval")
+                await self._park("weights move on", "eval")
                 self._doing = f"taking up version {number}"
                 await self.weights.swap(version, self.flusher.wake)
         except SwapFailedError as error:
@@ -266,7 +266,7 @@ class RolloutWorker:
     async def _give_up_version(self, error: SwapFailedError) -> None:
         """Drop what the version sampled, report it, hand all rollouts back, rebuild the engine."""
         await self.weights.refuse(error.version, error.why)
-        await self._park(f"version {error.version} failed its canary", _every)
+        await self._park(f"version {error.version} failed its canary")
         await self.weights.restart()
 
     async def _report_bad(self, version: int, why: str) -> None:
@@ -280,7 +280,7 @@ class RolloutWorker:
         self._doing = "rebuilding the engine"
         # "error" first: without progress it counts as an attempt, so that a rollout which kills
         # engines is quarantined in the end.
-        await self._park(f"error: the engine of {self.session.session_id} failed", _every)
+        await self._park(f"error: the engine of {self.session.session_id} failed")
         if last_s is not None and now_s - last_s < _REBUILD_WINDOW_S:
             raise _GiveUpError(f"the engine failed again after it was rebuilt: {error}") from error
         try:
@@ -330,12 +330,12 @@ class RolloutWorker:
         await self.control.submit([rollout.request(window) for rollout in intake.generate])
         self._doing = "generating"
 
-    async def _park(self, why: str, which: Callable[[LocalRollout], bool]) -> None:
+    async def _park(self, why: str, kind: str = "") -> None:
         """Hand rollouts back with every token that may be sent; held tokens are dropped.
 
         Returns when the broker has them; while Redis is full it waits and tries again.
         """
-        chosen = [r for r in self.store if which(r) and not r.leaving]
+        chosen = [r for r in self.store if r.lease.kind == (kind or r.lease.kind) and not r.leaving]
         if not chosen:
             return
         with contextlib.suppress(EngineError):
@@ -361,7 +361,7 @@ class RolloutWorker:
         """Park everything, let the companion end, close the session."""
         self._doing = f"draining: {why}"
         self._companion_stop.set()
-        await self._park(why, _every)
+        await self._park(why)
         if self._companion_task is not None:
             await asyncio.wait([self._companion_task])
         await self.session.close()
@@ -396,7 +396,3 @@ class RolloutWorker:
 
 class _GiveUpError(Exception):
     """The engine cannot be kept alive; becomes an ``EngineError`` at the top."""
-
-
-def _every(_rollout: LocalRollout) -> bool:
-    return True

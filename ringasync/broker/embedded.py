@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import importlib.util
 import os
 import shutil
@@ -24,6 +25,9 @@ from ringasync.errors import BrokerUnreachableError, EnvironmentRefusedError
 log = structlog.get_logger(__name__)
 
 URL_FILE = "redis.url"
+LOCK_FILE = "redis.lock"
+"""Locked by the server process itself (an inherited descriptor): two servers on one append-only
+file would destroy it."""
 _POLL_S = 0.02
 
 
@@ -115,16 +119,30 @@ class EmbeddedRedis:
     def start_blocking(self) -> str:
         """``start`` for callers without an event loop."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        live = live_url(self.folder)
-        if live is not None:
-            self.url = live
-            self._wait_until_loaded()
-            return live
+        deadline = time.monotonic() + self._start_timeout_s
+        while True:
+            live = live_url(self.folder)
+            if live is not None:
+                self.url = live
+                self._wait_until_loaded()
+                return live
+            with (self.folder / LOCK_FILE).open("ab") as lock:
+                if _locked(lock):
+                    return self._start_own(lock)
+            if time.monotonic() > deadline:
+                raise BrokerUnreachableError(
+                    f"a Redis of another process holds {self.folder / LOCK_FILE} and does not "
+                    f"answer: end it, or use another run.name ({self._log_tail()})"
+                )
+            time.sleep(_POLL_S)
+
+    def _start_own(self, lock: IO[bytes]) -> str:
+        """Launch a server that keeps the folder's lock for as long as it lives."""
         # After a crash the roles still know the old port. Each try, another process may be faster.
         for preferred in (_port_of(self.folder / URL_FILE), 0, 0, 0, 0):
             port = _free_port(preferred)
             self.url = f"redis://127.0.0.1:{port}/0"
-            self._launch(port)
+            self._launch(port, lock)
             if self._wait_until_loaded():
                 break
         else:
@@ -157,7 +175,7 @@ class EmbeddedRedis:
             except subprocess.TimeoutExpired:
                 log.warning("embedded redis does not stop", pid=process.pid, next=str(step))
 
-    def _launch(self, port: int) -> None:
+    def _launch(self, port: int, lock: IO[bytes]) -> None:
         command = [
             str(self._binary or find_redis_server()),
             *("--port", str(port), "--bind", "127.0.0.1", "--protected-mode", "yes"),
@@ -174,6 +192,7 @@ class EmbeddedRedis:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
                 cwd=self.folder,
+                pass_fds=(lock.fileno(),),
             )
 
     def _log_file(self) -> IO[bytes]:
@@ -214,10 +233,18 @@ def live_url(folder: Path) -> str | None:
         with _client(url) as client:
             found = Path(str(client.config_get("dir").get("dir", "")))
         return url if found.resolve() == folder.resolve() else None
-    except redis.BusyLoadingError:
-        return url
+    except (redis.BusyLoadingError, redis.TimeoutError):
+        return url  # alive, but loading or very slow
     except (RedisError, OSError, ValueError):
         return None
+
+
+def _locked(file: IO[bytes]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _client(url: str) -> redis.Redis:

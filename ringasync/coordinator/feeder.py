@@ -100,11 +100,13 @@ class Feeder:
     async def feed(self, count: int) -> list[str]:
         """Feed up to ``count`` groups; ids of those that can be generated, in order.
 
-        Fewer when the data end, none while Redis is full (tried again a second later).
+        Fewer when the data end or prompts are bad (these count: the breaker must be looked at
+        before many more are tried), none while Redis is full (tried again a second later).
         """
         fed: list[str] = []
-        while count > len(fed) and not self.data_ended and time.monotonic() >= self._full_until:
-            wanted = min(GROUPS_A_CALL, count - len(fed))
+        left = count
+        while left > 0 and not self.data_ended and time.monotonic() >= self._full_until:
+            wanted = min(GROUPS_A_CALL, left)
             cursor = self._cursor
             walk = PromptCursor(self._source, cursor.closed.is_closed, cursor.suffix)
             groups, index, ended = await asyncio.to_thread(walk.collect, cursor.next_index, wanted)
@@ -112,6 +114,7 @@ class Feeder:
                 break
             fed += [group.group_id for group in groups if not group.quarantine_reason]
             self.fed_groups += len(groups)
+            left -= wanted
             crashpoints.reach("fed")
         return fed
 

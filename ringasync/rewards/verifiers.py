@@ -98,8 +98,10 @@ def _math_verdict(gold: str, text: str) -> float:
 def _last_box(response: str) -> str:
     r"""The last ``\boxed{...}`` with balanced braces, or nothing."""
     start = response.rfind(r"\boxed{")
+    if start < 0:
+        return ""
     depth = 0
-    for end in range(start, len(response) if start >= 0 else 0):
+    for end in range(start, len(response)):
         depth += {"{": 1, "}": -1}.get(response[end], 0)
         if depth == 0 and response[end] == "}":
             return response[start : end + 1]

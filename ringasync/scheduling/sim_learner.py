@@ -122,6 +122,8 @@ class Learner:
 
     def reserve(self) -> list[SimRollout]:
         """A batch's trajectories, or nothing when the budget cannot be filled."""
+        if self.waiting_tokens < self.budget and not self.flush:
+            return []
         have = self.carried_tokens
         groups: list[SimGroup] = []
         while self.ready and (have < self.budget or not self.settings.cut_to_budget):

@@ -71,12 +71,9 @@ class SimGroup:
 
     index: int
     rollouts: list[SimRollout] = field(default_factory=list)
+    num_tokens: int = 0
     graded: int = 0
     end: GroupEnd = ""
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(r.length for r in self.rollouts)
 
     @property
     def first_step(self) -> int:
@@ -150,6 +147,7 @@ class World:
         group = SimGroup(len(self.groups))
         drawn = self.lengths(self.rng, group.index, self.settings.group_size)
         group.rollouts = [SimRollout(group, length) for length in drawn]
+        group.num_tokens = sum(drawn)
         self.groups.append(group)
         self.queue.extend(group.rollouts)
         self.unfinished += len(group.rollouts)

@@ -78,6 +78,8 @@ def load_jsonl(task: TaskConfig) -> RowSource:
     path = Path(task.dataset)
     if not path.is_file():
         raise ConfigError(f"data.tasks {task.name!r}: there is no file {task.dataset!r}")
+    if not path.stat().st_size:
+        raise ConfigError(f"data.tasks {task.name!r}: {task.dataset!r} holds no rows")
     # Line by line and byte by byte (latin-1 keeps every byte), so that one row that is not UTF-8
     # or not JSON is one bad row and not the end of the file.
     rows = load_dataset("text", data_files=str(path), split="train", encoding="latin-1")
@@ -103,7 +105,7 @@ def _parse_line(name: str, index: int, line: str) -> Any:
         return json.loads(line.encode("latin-1").decode("utf-8"))
     except UnicodeDecodeError as error:
         raise BadPromptError(f"{name} row {index} is not UTF-8: {error.reason}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadPromptError(f"{name} row {index} is not JSON: {error}") from error
 
 

@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize
 
 from ringasync.broker.client import Broker
 from ringasync.broker.core import text
+from ringasync.records.states import RolloutState
 from tests.conftest import CONFIG_HASH
 
 from .kit import Kit
@@ -67,6 +68,7 @@ class ProtocolGround(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "broker"):
+            assert self.do(self.leaked()) == []
             self.do(self.broker.delete_run())
             self.do(self.broker.close())
         self.runner.close()
@@ -74,6 +76,16 @@ class ProtocolGround(RuleBasedStateMachine):
     def pick(self, which: int, *, void: bool) -> Holding | None:
         found = [holding for holding in self.model.holdings if holding.void is void]
         return found[which % len(found)] if found else None
+
+    async def leaked(self) -> list[str]:
+        """Payloads of rollouts that have ended or were journalled."""
+        found = []
+        async for raw in self.broker.client.scan_iter(match=self.broker.keys.segments("*")):
+            rollout_id = text(raw).rsplit(":", 1)[1]
+            state = await self.kit.state(rollout_id)
+            if state not in set(RolloutState) or state == RolloutState.GRADE_ERROR:
+                found.append(f"{rollout_id} {state}")
+        return found
 
     def holders(self) -> dict[str, str]:
         """Who holds which rollout, by the leases the broker keeps for each session."""

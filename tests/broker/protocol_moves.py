@@ -42,8 +42,9 @@ class WorkMoves(ProtocolGround):
     def round_moves_on(self) -> None:
         records, kit = self.model.records, self.kit
         if self.mode != "rounds":
-            return
+            return self.do_pin(False)
         if records.round_state == "none":
+            self.purge(1, "replace" if records.round_id % 2 else "drop_group")
             records.round_id += 1
             self.do(self.broker.open_round(kit.coordinator, self.next("open"), records.round_id))
             records.round_state = "open"
@@ -124,17 +125,24 @@ class WorkMoves(ProtocolGround):
         self.model.records.lengths[holding.lease.rollout_id] = holding.length
 
     def zombie_acts(self, which: int) -> None:
-        held = {holding.lease.rollout_id for holding in self.model.live()}
-        zombies = [holding for holding in self.model.holdings if holding.void]
+        """Somebody whose lease went acts on, preferably on a rollout that another holds now."""
+        if not self.robbed():
+            self.take(which, 2, False)
+            self.park(which, "drain")
+            self.take(which + 1, 4, False)
+        zombies = self.robbed() or [holding for holding in self.model.holdings if holding.void]
         if not zombies:
             return
-        robbed = [holding for holding in zombies if holding.lease.rollout_id in held]
-        zombie = (robbed or zombies)[which % len(robbed or zombies)]
+        zombie = zombies[which % len(zombies)]
         one = item(zombie.lease, zombie.length, 2, zombie.version)
         assert self.do(self.broker.append_many("w", [one]))[0] in ("fenced", "gone")
         refused = ("fenced", "gone", "duplicate")
         assert self.do(self.kit.finish(zombie.lease, zombie.length)) in refused
         assert self.do(self.kit.park(zombie.lease)) in refused
+
+    def robbed(self) -> list[Holding]:
+        held = {holding.lease.rollout_id for holding in self.model.live()}
+        return [h for h in self.model.holdings if h.void and h.lease.rollout_id in held]
 
     def park(self, which: int, why: str) -> None:
         holding = self.pick(which, void=False)

@@ -14,7 +14,13 @@ from redis.asyncio import Redis
 
 from ringasync.broker import connection
 from ringasync.broker.client import Broker
-from ringasync.broker.embedded import URL_FILE, EmbeddedRedis, find_redis_server, live_url
+from ringasync.broker.embedded import (
+    LOCK_FILE,
+    URL_FILE,
+    EmbeddedRedis,
+    find_redis_server,
+    live_url,
+)
 from ringasync.errors import (
     BrokerRefusedError,
     BrokerUnreachableError,
@@ -39,6 +45,13 @@ async def set_option(server: EmbeddedRedis, name: str, value: str) -> None:
     client: Redis = Redis.from_url(server.url)
     await client.config_set(name, value)
     await client.aclose()
+
+
+def relaunch(server: EmbeddedRedis, url: str) -> None:
+    """Start the server again at its old address."""
+    with (server.folder / LOCK_FILE).open("ab") as lock:
+        server._launch(int(url.rsplit(":", 1)[1].split("/")[0]), lock)
+    server.url = url
 
 
 def closed_port() -> int:
@@ -69,8 +82,7 @@ async def test_a_server_that_comes_late_is_waited_for(
     await embedded.stop()
     waiting = asyncio.create_task(Broker.connect(url, "demo", retry_budget_s=DEADLINE_S))
     await asyncio.sleep(0)
-    embedded._launch(int(url.rsplit(":", 1)[1].split("/")[0]))
-    embedded.url = url
+    relaunch(embedded, url)
     broker = await waiting
     assert await broker.create_run("", "h")
     await broker.close()
@@ -83,11 +95,11 @@ async def test_a_restart_in_the_middle_is_survived_without_a_lost_answer(
     broker = await Broker.connect(server.url, "demo", retry_budget_s=DEADLINE_S)
     await broker.create_run("", "h")
     fence = await broker.acquire_lock("coordinator", "c", 60_000)
-    url, port = server.url, int(server.url.rsplit(":", 1)[1].split("/")[0])
+    url = server.url
     await server.stop()
     waiting = asyncio.create_task(broker.backlog())
-    server._launch(port)
-    server.url = url
+    await asyncio.sleep(0)
+    relaunch(server, url)
     assert (await waiting).open_groups == 0
     await broker.renew_lock(fence, 60_000)
     await broker.close()
@@ -198,6 +210,27 @@ async def test_the_embedded_server_is_found_again_and_keeps_its_data(
     client = Redis.from_url(server.url)
     assert await client.get("kept") == b"yes"
     await client.aclose()
+
+
+async def test_two_starters_of_one_folder_get_one_server(
+    redis_server: RedisServer, tmp_path: Path
+) -> None:
+    starters = [EmbeddedRedis(tmp_path / "redis", binary=redis_server.binary) for _ in range(3)]
+    urls = await asyncio.gather(*(starter.start() for starter in starters))
+    assert len(set(urls)) == 1
+    assert [starter.owned for starter in starters].count(True) == 1
+    for starter in starters:
+        await starter.stop()
+
+
+async def test_a_server_that_hangs_is_not_given_a_rival(
+    server: EmbeddedRedis, redis_server: RedisServer
+) -> None:
+    (server.folder / URL_FILE).unlink()
+    rival = EmbeddedRedis(server.folder, binary=redis_server.binary, start_timeout_s=0.3)
+    with pytest.raises(BrokerUnreachableError, match=r"redis\.lock"):
+        await rival.start()
+    assert rival.pid is None
 
 
 async def test_a_stale_address_file_of_another_server_is_not_believed(

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from ringasync.broker.client import Broker
 from ringasync.broker.embedded import EmbeddedRedis
-from ringasync.broker.types import TrainedTokens, VersionInfo
-from ringasync.errors import SessionLostError
+from ringasync.broker.types import Lease, TrainedTokens, VersionInfo
+from ringasync.errors import BrokerUnreachableError, SessionLostError
 from tests.conftest import RedisServer
 
-from .kit import TTL_MS, Kit, new_group
+from .kit import TTL_MS, Kit, item, new_group
 from .snapshot import restore, snapshot
 
 
@@ -165,3 +168,47 @@ async def test_a_killed_server_comes_back_with_its_data_and_a_new_incarnation(
     assert (await broker.audit()).balanced
     await broker.close()
     await again.stop()
+
+
+async def test_a_server_killed_in_the_middle_of_writing_still_balances(
+    redis_server: RedisServer, tmp_path: Path
+) -> None:
+    """SIGKILL while appends stream in: the append-only file may end inside a transaction."""
+    for life in range(3):
+        server = EmbeddedRedis(tmp_path / "redis", 1 << 28, binary=redis_server.binary)
+        broker = await Broker.connect(await server.start(), "demo", retry_budget_s=0.1)
+        await broker.create_run("", "h")
+        fence = await broker.acquire_lock("coordinator", f"c{life}", 1)
+        if life:
+            assert await broker.check_incarnation(fence) == life + 1
+            assert (await broker.audit()).balanced
+        await broker.feed(fence, f"r{life}", [new_group(f"g{life}", 4)], "cursor")
+        await broker.open_session("w", "worker", TTL_MS, {})
+        leases = await broker.take("w", 99, 1)
+        assert len(leases) >= 4
+        writing = asyncio.create_task(append_for_ever(broker, leases))
+        while (await broker.ledger())["accepted"] < 2000 * (life + 1):
+            assert not writing.done(), writing
+        assert server.pid is not None
+        os.kill(server.pid, signal.SIGKILL)
+        with pytest.raises(BrokerUnreachableError):
+            await writing
+        await broker.close()
+        await server.stop()
+    server = EmbeddedRedis(tmp_path / "redis", 1 << 28, binary=redis_server.binary)
+    broker = await Broker.connect(await server.start(), "demo")
+    report = await broker.audit()
+    assert report.balanced, report
+    assert report.accepted_tokens >= 6000
+    await broker.close()
+    await server.stop()
+
+
+async def append_for_ever(broker: Broker, leases: list[Lease]) -> None:
+    """Append four tokens to every rollout, again and again."""
+    start = {lease.rollout_id: lease.num_tokens for lease in leases}
+    while True:
+        items = [item(lease, start[lease.rollout_id], 4) for lease in leases]
+        assert set(await broker.append_many("w", items)) == {"ok"}
+        for lease in leases:
+            start[lease.rollout_id] += 4

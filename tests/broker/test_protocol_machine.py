@@ -27,7 +27,8 @@ from .snapshot import restore, snapshot
 
 MOVES = (
     *("feed", "take", "take", "append", "append", "append", "park", "finish", "take_grading"),
-    *("grade", "work", "work", "work", "learn", "learn", "learn", "learn", "round", "round"),
+    *("grade", "work", "work", "work", "learn", "learn", "learn", "learn"),
+    *("round", "round", "round", "round", "round"),
     *("zombie", "zombie", "join", "leave", "die", "quarantine", "purge", "pin", "publish"),
     *("crash", "save", "rollback"),
 )
@@ -65,7 +66,7 @@ class ProtocolMachine(WorkMoves):
             "purge": lambda: self.purge(n % 3, "replace" if flag else "drop_group"),
             "pin": lambda: self.do_pin(flag),
             "publish": self.publish,
-            "crash": self.learner_crashes,
+            "crash": lambda: self.learner_crashes(n - 1, flag),
             "save": self.redis_saves,
             "rollback": self.redis_loses_its_tail,
         }
@@ -102,8 +103,9 @@ class ProtocolMachine(WorkMoves):
         assert [group.group_id for group in groups] == ids
         learner.reserved, learner.reserved_groups = batch_id, tuple(groups)
 
-    def learner_crashes(self) -> None:
+    def learner_crashes(self, after: int, mask: bool) -> None:
         """Another learner takes over; the old one is fenced; the journal settles the rest."""
+        self.learner_works(after, 1, mask)
         old = self.kit.learner
         self.do(self.broker.release_lock(old))
         self.kit.learner = self.do(self.broker.acquire_lock("learner", "next", TTL_MS))

@@ -18,7 +18,8 @@ from workers.engines.scripted import (
     write_scripted_weights,
 )
 
-from .engine_contract import Collector, EngineContract, EngineKit, request
+from .engine_contract import EngineContract
+from .engine_kit import Collector, EngineKit, request
 
 
 def _reference(

@@ -17,14 +17,8 @@ from ringasync.errors import EngineError
 from workers.engines.base import SamplingParams
 from workers.engines.transformers_engine import TransformersEngine, TransformersOptions
 
-from .engine_contract import (
-    NEVER_SAMPLED,
-    Collector,
-    EngineContract,
-    EngineKit,
-    prompts,
-    request,
-)
+from .engine_contract import EngineContract
+from .engine_kit import NEVER_SAMPLED, Collector, EngineKit, prompts, request
 
 VOCAB_SIZE = 64
 
