@@ -21,9 +21,9 @@ from learner.state import LearnerState
 from learner.worker_thread import TorchThread
 from ringasync.broker.client import Broker
 from ringasync.broker.types import Fence
-from ringasync.config.load import config_hash
 from ringasync.config.schema import Config
 from ringasync.errors import RingError
+from ringasync.runtime.joining import connected, join_when_created
 from ringasync.runtime.role import RoleArgs
 from ringasync.runtime.shutdown import Shutdown
 from ringasync.weights.build import make_transport
@@ -61,48 +61,24 @@ async def run_learner(options: LearnerOptions, shutdown: Shutdown) -> int:
     """
     args = options.args
     config = args.config
-    broker = await Broker.connect(
-        args.redis_url,
-        config.run.name,
-        connect_timeout_s=config.redis.connect_timeout_s,
-        retry_budget_s=config.redis.retry_budget_s,
-    )
-    thread = TorchThread(config.learner.threads)
-    try:
-        if not await _join(broker, config, shutdown):
-            return 0
-        backend = await thread.run(make_backend, config, args.model)
-        fence = await acquire_role(
-            broker,
-            config.learner.lock_ttl_ms,
-            shutdown,
-            wait=options.wait_for_lock,
-            report_s=config.learner.stall_report_s,
-        )
-        if fence is not None:
-            await _run_under_lock(broker, fence, backend, thread, config, shutdown)
-        return 0
-    finally:
-        thread.close()
-        await broker.close()
-
-
-async def _join(broker: Broker, config: Config, shutdown: Shutdown) -> bool:
-    """Wait for the coordinator to create the run and join it; False on a shutdown before that."""
-    log = structlog.get_logger(__name__)
-    told = False
-    while not shutdown.is_requested:
+    async with connected(config, args.redis_url) as broker:
+        thread = TorchThread(config.learner.threads)
         try:
-            await broker.join_run(config_hash(config))
-            return True
-        except RingError as error:
-            if type(error) is not RingError:  # refused, unreachable: waiting would not help
-                raise
-            if not told:
-                log.info("waiting for the run to be created", why=str(error))
-                told = True
-        await shutdown.sleep(_RUN_POLL_S)
-    return False
+            if not await join_when_created(broker, config, shutdown):
+                return 0
+            backend = await thread.run(make_backend, config, args.model)
+            fence = await acquire_role(
+                broker,
+                config.learner.lock_ttl_ms,
+                shutdown,
+                wait=options.wait_for_lock,
+                report_s=config.learner.stall_report_s,
+            )
+            if fence is not None:
+                await _run_under_lock(broker, fence, backend, thread, config, shutdown)
+            return 0
+        finally:
+            thread.close()
 
 
 async def _run_under_lock(

@@ -11,10 +11,8 @@ from pathlib import Path
 import xxhash
 
 from ringasync.broker.client import Broker
-from ringasync.config.load import config_hash
-from ringasync.config.schema import Config
-from ringasync.errors import JoinRefusedError, RingError
 from ringasync.observability.log import bind_identity, configure_logging, get_logger
+from ringasync.runtime.joining import connected, join_when_created
 from ringasync.runtime.role import RoleArgs
 from ringasync.runtime.shutdown import Shutdown
 from ringasync.weights.build import make_transport
@@ -22,7 +20,6 @@ from workers.engines.factory import EngineFactory, read_limits
 from workers.grader import Grader, tokenizer_decoder
 from workers.rollout_loop import RolloutWorker
 
-_RUN_POLL_S = 0.3
 EXIT_NOT_DRAINED = 1
 """Stopped as asked, but leases were left to the session's end."""
 
@@ -42,40 +39,11 @@ async def work_role(args: RoleArgs, shutdown: Shutdown, worker_id: str = "") -> 
     config, worker_id = args.config, worker_id or default_worker_id()
     configure_logging("worker", config.run.name, config.run_dir, config.observability.log_level)
     bind_identity(worker=worker_id)
-    broker = await Broker.connect(
-        args.redis_url,
-        config.run.name,
-        password=os.environ.get("RINGASYNC_REDIS_PASSWORD"),
-        connect_timeout_s=config.redis.connect_timeout_s,
-        retry_budget_s=config.redis.retry_budget_s,
-    )
-    try:
-        if not await _join(broker, config, shutdown):
+    async with connected(config, args.redis_url) as broker:
+        if not await join_when_created(broker, config, shutdown):
             return 0
         with tempfile.TemporaryDirectory(prefix="ringasync-weights-") as scratch:
             return await _work(args, broker, shutdown, worker_id, Path(scratch))
-    finally:
-        await broker.close()
-
-
-async def _join(broker: Broker, config: Config, shutdown: Shutdown) -> bool:
-    """Wait for the coordinator to create the run, then check that it is ours; False on a stop."""
-    said = False
-    while not shutdown.is_requested:
-        try:
-            await broker.join_run(config_hash(config))
-        except JoinRefusedError:
-            raise
-        except RingError as error:
-            if type(error) is not RingError:
-                raise
-            if not said:
-                log.info("waiting for the coordinator", why=str(error))
-            said = True
-            await shutdown.sleep(_RUN_POLL_S)
-        else:
-            return True
-    return False
 
 
 async def _work(

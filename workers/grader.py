@@ -25,9 +25,9 @@ from ringasync.records.segment import decode_segment
 from ringasync.records.states import Phase
 from ringasync.records.trajectory import join_segments
 from ringasync.rewards.pool import VerifierPool
+from ringasync.runtime.joining import connected, join_when_created
 from ringasync.runtime.role import RoleArgs, parse_role, run_role
 from ringasync.runtime.shutdown import Shutdown
-from workers.joining import join_when_created
 
 Decode = Callable[[Sequence[int]], str]
 """Token ids of a response to text, special tokens left out."""
@@ -269,19 +269,10 @@ async def grade_role(args: RoleArgs, shutdown: Shutdown) -> int:
     name = f"grader-{socket.gethostname()}-{os.getpid()}"
     configure_logging("grader", config.run.name, config.run_dir, config.observability.log_level)
     bind_identity(worker=name)
-    broker = await Broker.connect(
-        args.redis_url,
-        config.run.name,
-        password=os.environ.get("RINGASYNC_REDIS_PASSWORD"),
-        connect_timeout_s=config.redis.connect_timeout_s,
-        retry_budget_s=config.redis.retry_budget_s,
-    )
-    try:
+    async with connected(config, args.redis_url) as broker:
         if await join_when_created(broker, config, shutdown):
             log.info("grading", processes=config.grader.processes)
             await GraderRole(broker, args, name).run(shutdown.requested)
-    finally:
-        await broker.close()
     return 0
 
 

@@ -39,6 +39,7 @@ class Seat:
         self.broker, self.config, self.shutdown = broker, config, shutdown
         self.status: dict[str, str | int | float] = {"doing": "starting", "stall": ""}
         self.stop = asyncio.Event()
+        self._beating = asyncio.Lock()
         self.incarnations = 0
         self._fence: Fence | None = None
         self._poll: Poll | None = None
@@ -94,13 +95,14 @@ class Seat:
 
     async def beat(self) -> Poll:
         """Renew lock and session now. Raises ``FencedError`` when the role has passed on."""
-        await self.broker.renew_lock(self.fence, self.ttl_ms)
-        poll = await self._heartbeat() if self._session_id else None
-        if poll is None or not poll.alive:
-            await self._open_session()
-            poll = await self._heartbeat()
-        self._poll, self._polled_s = poll, time.monotonic()
-        return poll
+        async with self._beating:  # two loops beat; a lost session must be opened again once only
+            await self.broker.renew_lock(self.fence, self.ttl_ms)
+            poll = await self._heartbeat() if self._session_id else None
+            if poll is None or not poll.alive:
+                await self._open_session()
+                poll = await self._heartbeat()
+            self._poll, self._polled_s = poll, time.monotonic()
+            return poll
 
     async def fresh_poll(self) -> Poll:
         """A poll that is at most ``_POLL_AGE_S`` old: heartbeats cost writes in Redis."""

@@ -16,6 +16,7 @@ from ringasync.config.schema import Config
 from ringasync.errors import RingError
 from ringasync.observability.view import live_view
 from ringasync.records.states import Phase
+from ringasync.runtime.joining import connected
 from ringasync.runtime.process import RoleSpec
 from ringasync.runtime.progress import progress_lines
 from ringasync.runtime.redis_keeper import RedisKeeper
@@ -190,19 +191,3 @@ def _model_of_earlier_start(config: Config) -> str | None:
     if record is None or record.config_hash != config_hash(config):
         return None
     return record.model if record.model and Path(record.model).is_dir() else None
-
-
-@asynccontextmanager
-async def connected(config: Config, url: str) -> AsyncIterator[Broker]:
-    """A broker client of this run, closed at the end."""
-    broker = await Broker.connect(
-        url,
-        config.run.name,
-        password=os.environ.get("RINGASYNC_REDIS_PASSWORD"),
-        connect_timeout_s=config.redis.connect_timeout_s,
-        retry_budget_s=config.redis.retry_budget_s,
-    )
-    try:
-        yield broker
-    finally:
-        await broker.close()

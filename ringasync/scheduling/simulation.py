@@ -7,9 +7,10 @@ the tests, and to choose settings for a length distribution before a long run.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
-from ringasync.scheduling.admission import GateSettings, GateView, admit
+from ringasync.scheduling.admission import Admission, GateSettings, GateView, admit
 from ringasync.scheduling.lag import OvertakingTracker, VersionLag
 from ringasync.scheduling.length_estimate import LengthEstimate
 from ringasync.scheduling.rounds import RoundSettings, RoundState, RoundView, next_action, to_purge
@@ -25,6 +26,9 @@ from ringasync.scheduling.sim_world import LengthModel, SimGroup, SimRollout, Wo
 __all__ = ["LearnerSettings", "RoundRecord", "SimResult", "simulate_pipelined", "simulate_rounds"]
 
 
+GateRule = Callable[[GateView, GateSettings, float], Admission]
+
+
 def simulate_pipelined(
     world_settings: WorldSettings,
     learner_settings: LearnerSettings,
@@ -34,14 +38,16 @@ def simulate_pipelined(
     prior_tokens: float,
     seed: int = 0,
     drain: bool = True,
+    rule: GateRule = admit,
 ) -> SimResult:
     """Run the pipelined schedule for ``learner_settings.steps`` steps under the real gate.
 
     With ``drain`` feeding then stops and everything admitted is carried to its end; a group that
     is still open afterwards (``ends['open']``) starved. ``stalled`` is set when nothing can happen
-    any more before the steps are done: a deadlock.
+    any more before the steps are done: a deadlock. ``rule`` may be another gate, to compare.
     """
     sim = _Pipelined(World(world_settings, lengths, seed), learner_settings, gate, prior_tokens)
+    sim.rule = rule
     learner, world = sim.learner, sim.world
     account = SlotAccount(learner)
     sim.feed()
@@ -67,6 +73,7 @@ class _Pipelined:
         self, world: World, settings: LearnerSettings, gate: GateSettings, prior_tokens: float
     ) -> None:
         self.world, self.gate = world, gate
+        self.rule: GateRule = admit
         self.learner = Learner(world, settings, gate.budget_tokens)
         self.estimate = LengthEstimate(prior_tokens)
         self._overtaking, self._lag = OvertakingTracker(), VersionLag()
@@ -105,7 +112,7 @@ class _Pipelined:
     def feed(self) -> None:
         """Ask the gate and admit what it says."""
         view = self._view()
-        decision = admit(view, self.gate, self.estimate.mean_tokens)
+        decision = self.rule(view, self.gate, self.estimate.mean_tokens)
         if decision.groups == 0:
             return
         for _ in range(decision.groups):

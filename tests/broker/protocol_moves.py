@@ -199,6 +199,8 @@ class WorkMoves(ProtocolGround):
         """A worker that works: without it, few random moves would bring a group to the learner."""
         model, version = self.model, self.model.latest_version
         session = self.session(who)
+        if who % 2:
+            self.feed(2, "train")
         self.take(who, 4, False)
         for holding in model.live():
             if holding.lease.kind == "train":

@@ -27,10 +27,10 @@ from .snapshot import restore, snapshot
 
 MOVES = (
     *("feed", "take", "take", "append", "append", "append", "park", "finish", "take_grading"),
-    *("grade", "work", "work", "work", "learn", "learn", "learn", "learn"),
+    *("grade", "work", "work", "work", "learn", "learn"),
     *("round", "round", "round", "round", "round"),
     *("zombie", "zombie", "join", "leave", "die", "quarantine", "purge", "pin", "publish"),
-    *("crash", "save", "rollback"),
+    *("crash", "crash", "save", "rollback"),
 )
 """Weighted: what ends or resets much is rarer than work."""
 EXAMPLES = int(os.environ.get("RINGASYNC_FUZZ_EXAMPLES", "0"))
@@ -56,7 +56,7 @@ class ProtocolMachine(WorkMoves):
             "take_grading": lambda: self.take_grading(which, n),
             "grade": lambda: self.grade(which, (0.0, 1.0, 0.5, None)[n - 1]),
             "work": lambda: self.everything_is_finished_and_graded(which),
-            "learn": lambda: self.learner_works(n, which % 3, flag),
+            "learn": lambda: self.learner_works(n if flag else 1, which % 3, flag),
             "round": self.round_moves_on,
             "zombie": lambda: self.zombie_acts(which),
             "join": self.worker_joins,

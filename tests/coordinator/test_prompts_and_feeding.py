@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from ringasync.broker.client import Broker
 from ringasync.config.schema import Config
+from ringasync.coordinator.app import Coordinator, Place
 from ringasync.coordinator.feeder import Cursor, Feeder, checkpoint_position, may_feed
 from ringasync.coordinator.prompts import PromptCursor, PromptSource, group_id
 from ringasync.coordinator.seat import Seat
@@ -266,14 +268,11 @@ async def test_a_full_redis_leaves_the_cursor_and_is_tried_again(
     assert await feeder.feed(2) == ["g000000", "g000001"]
 
 
+@pytest.mark.parametrize("mode", ["pipelined", "rounds"])
 async def test_data_that_end_finish_the_run(
-    tmp_path: Path, run_name: str, redis_url: str, live: Broker
+    tmp_path: Path, run_name: str, redis_url: str, live: Broker, mode: str
 ) -> None:
-    import asyncio
-
-    from ringasync.coordinator.app import Coordinator, Place
-
-    config = make_config(tmp_path, run_name, learner__steps=50)
+    config = make_config(tmp_path, run_name, learner__steps=50, schedule__mode=mode)
     crew = Crew(live, config)
     coordinator = Coordinator(
         config,

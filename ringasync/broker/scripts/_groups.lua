@@ -110,7 +110,8 @@ local function end_group(group, state, reason, t)
   call('ZREM', P .. 'ready', gid)
   call('SREM', P .. 'live', gid)
   local key = P .. 'group:' .. gid
-  call('HSET', key, 'state', state, 'reason', reason, 'ended_ms', str(t), 'ended_tokens', str(total))
+  call('HSET', key, 'state', state, 'reason', reason, 'ended_ms', str(t),
+    'ended_tokens', str(total))
   call('HDEL', key, 'prompt', 'prompt_ids', 'task')
   call('EXPIRE', key, KEEP_S)
   bury(gid)
@@ -136,7 +137,8 @@ local function return_lease(r, t, event, why)
     'last_move', event, 'attempts', r.attempts, 'ticket', enqueue(stream, r.id))
   call('SREM', P .. 'leases:' .. r.worker, r.id)
   count_rollout(r.kind, 'leased', state)
-  history(r.id, t, event, { worker = r.worker, tokens = r.progress, versions = r.versions, why = why })
+  history(r.id, t, event,
+    { worker = r.worker, tokens = r.progress, versions = r.versions, why = why })
   return state
 end
 

@@ -96,6 +96,13 @@ local function fenced(role, token)
   return { '!FENCED', role, lock[1] or '', lock[2] or '' }
 end
 
+-- The reply that the client raises as InvariantError.
+local function bug(...)
+  local parts = { ... }
+  for i = 1, select('#', ...) do parts[i] = tostring(parts[i] or 'nothing') end
+  return { '!INVARIANT', table.concat(parts) }
+end
+
 -- Answers of request ids, so that a repeat is answered as the first was.
 local function answered(request) return call('GET', P .. 'answer:' .. request) end
 local function answer(request, text)
@@ -111,7 +118,8 @@ end
 
 local FIELDS = {
   'state', 'group', 'kind', 'tokens', 'length', 'versions', 'lease', 'worker', 'epoch', 'progress',
-  'retention', 'attempts', 'ticket', 'reward', 'last_lease', 'last_move', 'grade_attempts', 'finish',
+  'retention', 'attempts', 'ticket', 'reward', 'last_lease', 'last_move', 'grade_attempts',
+  'finish',
 }
 local NUMERIC = {
   tokens = true, length = true, epoch = true, progress = true, retention = true,
@@ -126,6 +134,9 @@ local function read_rollout(rid)
   end
   return r
 end
+
+-- Whether the holder of this lease has made this move already: its repeat is a duplicate.
+local function repeated(r, token, move) return r.last_lease == token and r.last_move == move end
 
 -- "12-14" -> 12, 14; empty -> 0, 0
 local function span(versions)

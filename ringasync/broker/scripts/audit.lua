@@ -8,13 +8,15 @@ local function check_rollout(gid, rid, kind)
   local r = read_rollout(rid)
   if not r then return problem('rollout ' .. rid .. ' of live group ' .. gid .. ' is missing') end
   local account = ACCOUNT[r.state]
-  if not account then return problem('rollout ' .. rid .. ' of live group ' .. gid .. ' is ' .. r.state) end
+  if not account then
+    return problem('rollout ' .. rid .. ' of live group ' .. gid .. ' is ' .. r.state)
+  end
   accounts[account] = accounts[account] + r.tokens
   count('tokens:' .. kind .. ':' .. account, r.tokens)
   count('rollouts:' .. kind .. ':' .. r.state, 1)
   local elements = call('LLEN', P .. 'seg:' .. rid)
   if (elements > 0) ~= (r.length > 0) then
-    problem('rollout ' .. rid .. ' has ' .. str(r.length) .. ' tokens and ' .. elements .. ' segments')
+    problem(string.format('rollout %s has %.0f tokens and %d segments', rid, r.length, elements))
   end
   if r.state == 'leased' or r.state == 'grading' then
     if call('SISMEMBER', P .. 'leases:' .. r.worker, rid) == 0 then
@@ -48,8 +50,12 @@ for _, gid in ipairs(call('SMEMBERS', P .. 'live')) do
         total = total + 1
         if check_rollout(gid, rid, g.kind) == 'graded' then graded = graded + 1 end
       end
-      if total ~= g.size then problem('group ' .. gid .. ' has ' .. total .. ' members, not ' .. g.size) end
-      if graded ~= g.graded then problem('group ' .. gid .. ' has ' .. graded .. ' graded members and says ' .. g.graded) end
+      if total ~= g.size then
+        problem(string.format('group %s has %d members, not %d', gid, total, g.size))
+      end
+      if graded ~= g.graded then
+        problem(string.format('group %s has %d graded members, says %d', gid, graded, g.graded))
+      end
       if g.state == 'ready' then count('ready_tokens', g.tokens) end
       if g.state == 'reserved' then count('reserved_tokens', g.tokens) end
       if (g.state == 'ready') ~= (call('ZSCORE', P .. 'ready', gid) and true or false) then
@@ -61,7 +67,8 @@ end
 local flat = call('HGETALL', P .. 'pool')
 for i = 1, #flat, 2 do
   if int(flat[i + 1]) ~= (pool[flat[i]] or 0) then
-    problem('pool ' .. flat[i] .. ' says ' .. flat[i + 1] .. ', records say ' .. str(pool[flat[i]] or 0))
+    problem(string.format('pool %s says %s, records say %.0f', flat[i], flat[i + 1],
+      pool[flat[i]] or 0))
   end
   pool[flat[i]] = nil
 end

@@ -10,7 +10,8 @@ if count >= 2 then
   if not known then
     bad = bad == '' and ARGV[2] or (bad .. ',' .. ARGV[2])
     call('HSET', P .. 'meta', 'bad_versions', bad, 'publication_blocked',
-      'version ' .. ARGV[2] .. ' failed on ' .. count .. ' workers; the last: ' .. who .. ': ' .. ARGV[3])
+      string.format('version %s failed on %d workers; the last: %s: %s', ARGV[2], count, who,
+        ARGV[3]))
   end
 end
 return count

@@ -33,7 +33,9 @@ for _, gid in ipairs(call('SMEMBERS', P .. 'live')) do
     end
   end
 end
-for _, sid in ipairs(call('ZRANGE', P .. 'sessions', 0, -1)) do call('DEL', P .. 'leases:' .. sid) end
+for _, sid in ipairs(call('ZRANGE', P .. 'sessions', 0, -1)) do
+  call('DEL', P .. 'leases:' .. sid)
+end
 call('DEL', P .. 'sessions')
 local accepted = int(call('HGET', P .. 'ledger', 'accepted'))
 local gone = int(ARGV[5]) - accepted

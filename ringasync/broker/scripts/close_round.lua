@@ -7,7 +7,7 @@ if before then return int(before) end
 local m = call('HMGET', P .. 'meta', 'round_state', 'round_id')
 if m[2] == ARGV[4] and (m[1] == 'closing' or m[1] == 'training') then return 0 end
 if m[1] ~= 'open' or m[2] ~= ARGV[4] then
-  return { '!INVARIANT', 'close_round ' .. ARGV[4] .. ': round ' .. (m[2] or '') .. ' is ' .. (m[1] or '') }
+  return bug('close_round ', ARGV[4], ': round ', m[2], ' is ', m[1])
 end
 local t, raised = now(), 0
 free()

@@ -6,12 +6,14 @@ if refused then return refused end
 local batch, t = ARGV[3], now()
 local key = P .. 'batch:' .. batch
 local found = call('HMGET', key, 'state', 'groups')
-if not found[1] then return { '!INVARIANT', 'commit: no batch ' .. batch } end
+if not found[1] then return bug('commit: no batch ', batch) end
 if found[1] ~= 'reserved' then return 0 end
 local open = {}
 for i = 4, #ARGV, 2 do open[ARGV[i]] = ARGV[i + 1] end
 for gid in string.gmatch(found[2], '[^,]+') do
-  if not open[gid] then return { '!INVARIANT', 'commit: batch ' .. batch .. ' holds ' .. gid .. ', which was not named' } end
+  if not open[gid] then
+    return bug('commit: batch ', batch, ' holds ', gid, ', which was not named')
+  end
 end
 free()
 for gid in string.gmatch(found[2], '[^,]+') do

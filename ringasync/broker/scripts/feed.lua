@@ -18,7 +18,8 @@ if type(first) == 'table' and first.err then
 end
 for i = 0, count - 1 do
   local b = 6 + i * 10
-  local gid, kind, domain, size, reason = ARGV[b], ARGV[b + 1], ARGV[b + 2], int(ARGV[b + 7]), ARGV[b + 9]
+  local gid, kind, domain = ARGV[b], ARGV[b + 1], ARGV[b + 2]
+  local size, reason = int(ARGV[b + 7]), ARGV[b + 9]
   local key = P .. 'group:' .. gid
   call('HSET', key, 'kind', kind, 'domain', domain, 'source_index', ARGV[b + 6], 'size', size,
     'max_new_tokens', ARGV[b + 8], 'fed_ms', str(t), 'finished', 0, 'graded', 0, 'tokens', 0)

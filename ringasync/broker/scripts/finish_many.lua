@@ -4,7 +4,7 @@ local sid, t, status, moves, seen = ARGV[1], now(), {}, {}, {}
 for b = 2, #ARGV, 4 do
   local r, token, verdict = read_rollout(ARGV[b]), ARGV[b + 1], nil
   if not r or not ACCOUNT[r.state] then verdict = 'gone'
-  elseif seen[r.id] or (r.last_lease == token and r.last_move == 'finished') then verdict = 'duplicate'
+  elseif seen[r.id] or repeated(r, token, 'finished') then verdict = 'duplicate'
   elseif r.state ~= 'leased' or r.lease ~= token then verdict = 'fenced'
   elseif r.length ~= int(ARGV[b + 3]) then verdict = 'length ' .. str(r.length)
   else
@@ -25,7 +25,8 @@ for _, r in ipairs(moves) do
   shift(r.kind, 'open', 'finished', r.tokens)
   count_rollout(r.kind, 'leased', 'finished')
   if r.kind == 'train' then add('round', 'finished', r.tokens) end
-  history(r.id, t, 'finished', { worker = sid, tokens = r.progress, versions = r.versions, why = r.finish })
+  history(r.id, t, 'finished',
+    { worker = sid, tokens = r.progress, versions = r.versions, why = r.finish })
 end
 flush()
 return status

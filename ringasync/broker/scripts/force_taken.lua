@@ -61,7 +61,8 @@ for i = 4, #ARGV, 3 do
   end
   ids[#ids + 1] = gid
 end
-call('HSET', key, 'state', 'taken', 'groups', table.concat(ids, ','), 'taken_ms', str(t), 'forced', 1)
+call('HSET', key, 'state', 'taken', 'groups', table.concat(ids, ','), 'taken_ms', str(t),
+  'forced', 1)
 call('ZADD', P .. 'batches', str(t), batch)
 flush()
 return 1

@@ -5,7 +5,8 @@ local sid, limit, filter, keep, t = ARGV[1], int(ARGV[2]), ARGV[3] == '1', int(A
 local status, moves, seen = {}, {}, {}
 for b = 5, #ARGV, 5 do
   local r, token, verdict = read_rollout(ARGV[b]), ARGV[b + 1], nil
-  if r and (seen[r.id] or (r.last_lease == token and (r.last_move == 'graded' or r.last_move == 'failed'))) then verdict = 'duplicate'
+  local again = r and (repeated(r, token, 'graded') or repeated(r, token, 'failed'))
+  if again or (r and seen[r.id]) then verdict = 'duplicate'
   elseif not r or not ACCOUNT[r.state] then verdict = 'gone'
   elseif r.state ~= 'grading' or r.lease ~= token then verdict = 'fenced'
   else

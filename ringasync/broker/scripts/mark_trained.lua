@@ -4,15 +4,17 @@ local refused = fenced(ARGV[1], ARGV[2])
 if refused then return refused end
 local batch, t = ARGV[3], now()
 local key = P .. 'batch:' .. batch
-if call('HGET', key, 'state') == 'trained' then return 0 end
-if call('HGET', key, 'state') == 'reserved' then return { '!INVARIANT', 'mark_trained: batch ' .. batch .. ' is not committed' } end
+local state = call('HGET', key, 'state')
+if state == 'trained' then return 0 end
+if state == 'reserved' then return bug('mark_trained: batch ', batch, ' is not committed') end
 for i = 5, #ARGV, 4 do
   local gid, used = ARGV[i], int(ARGV[i + 1]) + int(ARGV[i + 2])
   local g = call('HMGET', P .. 'group:' .. gid, 'state', 'tokens_left')
   local left = int(g[2]) - used
   if g[1] ~= 'taken' or left < 0 or (left > 0 and int(ARGV[i + 3]) == 0) then
-    return { '!INVARIANT', string.format('mark_trained: batch %s used %.0f tokens of group %s, which is %s with %.0f left and %s trajectories open after it',
-      batch, used, gid, g[1] or 'absent', int(g[2]), ARGV[i + 3]) }
+    return bug(string.format('mark_trained: batch %s used %.0f tokens of group %s, which is %s ' ..
+      'with %.0f left, and %s trajectories stay open', batch, used, gid, g[1] or 'absent',
+      int(g[2]), ARGV[i + 3]))
   end
 end
 free()
@@ -24,7 +26,8 @@ for i = 5, #ARGV, 4 do
   call('HINCRBY', group, 'tokens_left', str(0 - trained - masked)) -- never "-0"
   call('HSET', group, 'open_trajectories', ARGV[i + 3])
   if int(ARGV[i + 3]) == 0 then
-    call('HSET', group, 'state', 'trained', 'ended_ms', str(t), 'ended_tokens', call('HGET', group, 'tokens') or '0')
+    call('HSET', group, 'state', 'trained', 'ended_ms', str(t),
+      'ended_tokens', call('HGET', group, 'tokens') or '0')
     call('EXPIRE', group, KEEP_S)
     bury(gid)
     call('SREM', P .. 'live', gid)

@@ -5,7 +5,7 @@ local sid, t, status, moves, seen = ARGV[1], now(), {}, {}, {}
 for b = 2, #ARGV, 3 do
   local r, token, verdict = read_rollout(ARGV[b]), ARGV[b + 1], nil
   if not r or not ACCOUNT[r.state] then verdict = 'gone'
-  elseif seen[r.id] or (r.last_lease == token and r.last_move == 'parked') then verdict = 'duplicate'
+  elseif seen[r.id] or repeated(r, token, 'parked') then verdict = 'duplicate'
   elseif r.state ~= 'leased' or r.lease ~= token then verdict = 'fenced'
   else
     verdict = 'ok'

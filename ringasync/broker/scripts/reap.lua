@@ -5,7 +5,9 @@ if refused then return refused end
 local t, limit = now(), int(ARGV[3])
 free()
 tick(t)
-local counts = { sessions = 0, parked = 0, queued = 0, finished = 0, quarantined = 0, grade_error = 0 }
+local counts = {
+  sessions = 0, parked = 0, queued = 0, finished = 0, quarantined = 0, grade_error = 0,
+}
 for _, sid in ipairs(call('ZRANGEBYSCORE', P .. 'sessions', '-inf', '(' .. str(t))) do
   counts.sessions = counts.sessions + 1
   for _, rid in ipairs(call('SMEMBERS', P .. 'leases:' .. sid)) do

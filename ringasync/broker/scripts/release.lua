@@ -6,7 +6,7 @@ local key = P .. 'batch:' .. ARGV[3]
 local found = call('HMGET', key, 'state', 'groups')
 if not found[1] then return 0 end
 if found[1] ~= 'reserved' then
-  return { '!INVARIANT', 'release: batch ' .. ARGV[3] .. ' is ' .. found[1] .. ' already' }
+  return bug('release: batch ', ARGV[3], ' is ', found[1], ' already')
 end
 call('DEL', key)
 call('ZREM', P .. 'batches', ARGV[3])

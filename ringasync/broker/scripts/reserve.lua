@@ -27,12 +27,13 @@ if not found[1] then
     end
   end
   found = { 'reserved', table.concat(ids, ','), table.concat(stale, ',') }
-  call('HSET', key, 'state', 'reserved', 'groups', found[2], 'stale', found[3], 'reserved_ms', str(t))
+  call('HSET', key, 'state', 'reserved', 'groups', found[2], 'stale', found[3],
+    'reserved_ms', str(t))
   call('ZADD', P .. 'batches', str(t), batch)
   flush()
 end
 if found[1] ~= 'reserved' then
-  return { '!INVARIANT', 'reserve: batch ' .. batch .. ' is ' .. found[1] .. ' already' }
+  return bug('reserve: batch ', batch, ' is ', found[1], ' already')
 end
 local rows = {}
 for gid in string.gmatch(found[2], '[^,]+') do

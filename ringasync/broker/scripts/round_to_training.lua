@@ -2,9 +2,9 @@
 local refused = fenced(ARGV[1], ARGV[2])
 if refused then return refused end
 local m = call('HMGET', P .. 'meta', 'round_state', 'round_id')
-if m[2] ~= ARGV[3] then return { '!INVARIANT', 'round_to_training ' .. ARGV[3] .. ': round is ' .. (m[2] or '') } end
+if m[2] ~= ARGV[3] then return bug('round_to_training ', ARGV[3], ': round is ', m[2]) end
 if m[1] == 'training' then return 1 end
-if m[1] ~= 'closing' then return { '!INVARIANT', 'round_to_training ' .. ARGV[3] .. ': state is ' .. (m[1] or '') } end
+if m[1] ~= 'closing' then return bug('round_to_training ', ARGV[3], ': state is ', m[1]) end
 if int(call('HGET', P .. 'pool', 'rollouts:train:leased')) > 0 then return 0 end
 free()
 call('HSET', P .. 'meta', 'round_state', 'training')

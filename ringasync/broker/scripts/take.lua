@@ -2,7 +2,8 @@
 -- A repeat with the same nonce gives the leases of the first call again.
 local sid, want, loaded, nonce, t = ARGV[1], int(ARGV[2]), int(ARGV[3]), ARGV[4], now()
 if not call('ZSCORE', P .. 'sessions', sid) then return { '!NOSESSION', sid } end
-local m = call('HMGET', P .. 'meta', 'incarnation', 'paused', 'phase', 'pin_version', 'mode', 'round_state')
+local m = call('HMGET', P .. 'meta', 'incarnation', 'paused', 'phase', 'pin_version', 'mode',
+  'round_state')
 local leases = {}
 local function give(rid, token, r)
   local g = call('HMGET', P .. 'group:' .. r.group, 'prompt_ids', 'max_new_tokens')
@@ -12,7 +13,9 @@ end
 if call('HGET', P .. 'session:' .. sid, 'take_nonce') == nonce then
   for _, rid in ipairs(call('SMEMBERS', P .. 'leases:' .. sid)) do
     local r = read_rollout(rid)
-    if r and r.state == 'leased' and string.sub(r.lease, -#nonce) == nonce then give(rid, r.lease, r) end
+    if r and r.state == 'leased' and string.sub(r.lease, -#nonce) == nonce then
+      give(rid, r.lease, r)
+    end
   end
   return leases
 end

@@ -10,7 +10,9 @@ end
 if call('HGET', P .. 'session:' .. sid, 'grade_nonce') == nonce then
   for _, rid in ipairs(call('SMEMBERS', P .. 'leases:' .. sid)) do
     local r = read_rollout(rid)
-    if r and r.state == 'grading' and string.sub(r.lease, -#nonce) == nonce then give(r, r.lease) end
+    if r and r.state == 'grading' and string.sub(r.lease, -#nonce) == nonce then
+      give(r, r.lease)
+    end
   end
   return jobs
 end

@@ -1,6 +1,10 @@
-"""Joining a run that its coordinator may not have created yet."""
+"""How a role comes to the broker: the connection, and a run that may not exist yet."""
 
 from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from ringasync.broker.client import Broker
 from ringasync.config.load import config_hash
@@ -9,9 +13,26 @@ from ringasync.errors import RingError
 from ringasync.observability.log import get_logger
 from ringasync.runtime.shutdown import Shutdown
 
-POLL_S = 0.5
+PASSWORD_VARIABLE = "RINGASYNC_REDIS_PASSWORD"  # noqa: S105 - the name, not the secret
+POLL_S = 0.3
 
 log = get_logger()
+
+
+@asynccontextmanager
+async def connected(config: Config, url: str) -> AsyncIterator[Broker]:
+    """A broker client of this run, closed at the end; the password comes from the environment."""
+    broker = await Broker.connect(
+        url,
+        config.run.name,
+        password=os.environ.get(PASSWORD_VARIABLE),
+        connect_timeout_s=config.redis.connect_timeout_s,
+        retry_budget_s=config.redis.retry_budget_s,
+    )
+    try:
+        yield broker
+    finally:
+        await broker.close()
 
 
 async def join_when_created(broker: Broker, config: Config, shutdown: Shutdown) -> bool:
