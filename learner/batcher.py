@@ -60,6 +60,9 @@ class Batcher:
         self._fence = fence
         self._config = config
         self._attempt = 0
+        schedule = config.schedule
+        # In rounds retention decides how old a rollout may get: Algorithm 1 knows no other limit.
+        self._max_staleness = schedule.max_staleness if schedule.mode == "pipelined" else None
         self._log = structlog.get_logger(__name__)
         self.ready_tokens = 0
         """Ready tokens, carry included, as last seen: for stall reports."""
@@ -85,7 +88,7 @@ class Batcher:
             batch_id,
             [group.group_id for group in chosen],
             request.step,
-            self._config.schedule.max_staleness,
+            self._max_staleness,
         )
         crashpoints.reach("reserved", request.step)
         if stale:

@@ -38,14 +38,14 @@ class TrainingMixin(BrokerCore):
         batch_id: str,
         group_ids: Sequence[str],
         learner_step: int,
-        max_staleness: int,
+        max_staleness: int | None,
     ) -> tuple[list[RawGroup], list[str]]:
         """Reserve ready groups for a batch; returns them with payloads, and the stale ones' ids.
 
-        A group whose oldest token is more than ``max_staleness`` learner steps old ends as stale;
-        one that is not ready any more is left out. A repeat of ``batch_id`` answers as the first.
-        A ready group's versions and a version's step never change, so the check here and the
-        script that acts on it cannot disagree.
+        A group whose oldest token is more than ``max_staleness`` learner steps old ends as stale
+        (None: no limit); one that is not ready any more is left out. A repeat of ``batch_id``
+        answers as the first. A ready group's versions and a version's step never change, so the
+        check here and the script that acts on it cannot disagree.
         """
         stale = set(await self._stale(group_ids, learner_step, max_staleness))
         kept = [group_id for group_id in group_ids if group_id not in stale]
@@ -65,9 +65,9 @@ class TrainingMixin(BrokerCore):
         return groups, [part for part in text(stale_text).split(",") if part]
 
     async def _stale(
-        self, group_ids: Sequence[str], learner_step: int, max_staleness: int
+        self, group_ids: Sequence[str], learner_step: int, max_staleness: int | None
     ) -> list[str]:
-        if not group_ids:
+        if not group_ids or max_staleness is None:
             return []
         steps = await self.version_steps()
         async with self._client.pipeline(transaction=False) as pipe:

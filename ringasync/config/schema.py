@@ -174,7 +174,7 @@ class ScheduleConfig(_Section):
     """sigma: a rollout carried over more often is purged. None: never."""
     purge_action: Literal["drop_group", "replace"] = "drop_group"
     max_staleness: int = Field(3, ge=0)
-    """Learner steps between the oldest token and its training."""
+    """``pipelined``: learner steps between the oldest token and its training."""
     overtaking_weight: float = Field(0.25, ge=0, le=1)
     """``pipelined``: how much tokens trained past the oldest unfinished group narrow the gate.
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import signal
 import subprocess
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from learner.journal import Journal
+from ringasync.broker.client import Broker
 from tests.e2e.tiny_run import TinyRun, ringasync, started, tiny_settings
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(420)]
@@ -22,6 +25,16 @@ def steps_done(run: TinyRun) -> int:
     """Learner steps that the metrics file knows of."""
     file = run.run_dir / "metrics.jsonl"
     return file.read_text().count('"kind":"step"') if file.exists() else 0
+
+
+def has_done(run: TinyRun, steps: int) -> bool:
+    """Whether the learner has made this many steps."""
+    return steps_done(run) >= steps
+
+
+def has_role(run: TinyRun, role: str) -> bool:
+    """Whether a process of this role runs."""
+    return len(run.role_pids(role)) > 0
 
 
 def check_finished(run: TinyRun, steps: int) -> None:
@@ -66,14 +79,37 @@ def test_a_run_trains_to_its_end(tmp_path: Path, tiny_model: Path, mode: str) ->
         assert "finished" in again.stdout
 
 
+async def resumed_elsewhere(run: TinyRun) -> list[str]:
+    """Rollouts whose session died with tokens and that another session went on with."""
+    url = (run.run_dir / "redis" / "redis.url").read_text().strip()
+    broker = await Broker.connect(url, run.run_dir.name)
+    found = []
+    try:
+        async for key in broker.client.scan_iter(match=broker.keys.history("*"), count=1000):
+            rollout = key.decode().rpartition(":")[2]
+            owner, lost_by = "", ""
+            for entry in await broker.history(rollout):
+                if entry["event"] == "lost":
+                    lost_by = entry["worker"]
+                elif entry["event"] == "leased":
+                    owner = entry["worker"]
+                    if lost_by and owner != lost_by and entry["tokens"] > 0:
+                        found.append(rollout)
+    finally:
+        await broker.close()
+    return found
+
+
 def test_every_role_is_killed_and_the_run_goes_on(tmp_path: Path, tiny_model: Path) -> None:
     settings = tiny_settings(tmp_path, tiny_model, learner__steps=12)
     with started(tmp_path, settings) as run:
         for number, role in enumerate(["worker", "learner", "coordinator", "worker", "learner"]):
             at_least = 1 + 2 * number
-            run.wait_until(lambda n=at_least: steps_done(run) >= n, f"step {at_least}")
-            run.wait_until(lambda r=role: len(run.role_pids(r)) > 0, f"a {role}")
+            run.wait_until(partial(has_done, run, at_least), f"step {at_least}")
+            run.wait_until(partial(has_role, run, role), f"a {role}")
             os.kill(run.role_pids(role)[0], signal.SIGKILL)
+            if number == 0:
+                run.wait_until(lambda: asyncio.run(resumed_elsewhere(run)) != [], "a resumption")
         assert run.wait(300) == 0, run.tail()
         check_finished(run, 12)
 

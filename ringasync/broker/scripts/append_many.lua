@@ -1,6 +1,7 @@
 -- Seven arguments an item: rollout, lease token, start, length, policy tokens, version, payload.
 -- Validates all, then writes; begins with a growing write, so that a full Redis changes nothing.
-local seen, pushes, status = {}, {}, {}
+-- The hot path: sums are gathered by kind, `versions` is parsed and written only when it changes.
+local seen, pushes, status, spans, sums = {}, {}, {}, {}, {}
 for b = 1, #ARGV, 7 do
   local rid, token, start, length = ARGV[b], ARGV[b + 1], int(ARGV[b + 2]), int(ARGV[b + 3])
   local tokens, version = int(ARGV[b + 4]), int(ARGV[b + 5])
@@ -8,9 +9,13 @@ for b = 1, #ARGV, 7 do
   if not r then
     local v = call('HMGET', P .. 'rollout:' .. rid, 'state', 'lease', 'length', 'tokens',
       'versions', 'progress', 'kind')
-    local low, high = span(v[5])
-    r = { state = v[1], lease = v[2], length = int(v[3]), tokens = int(v[4]), low = low,
-      high = high, progress = int(v[6]), kind = v[7], old = v[5] }
+    local known = spans[v[5]]
+    if not known then
+      known = { span(v[5]) }
+      spans[v[5]] = known
+    end
+    r = { state = v[1], lease = v[2], length = int(v[3]), tokens = int(v[4]), low = known[1],
+      high = known[2], progress = int(v[6]), kind = v[7] }
     seen[rid] = r
   end
   local verdict
@@ -21,9 +26,9 @@ for b = 1, #ARGV, 7 do
   else
     verdict = 'ok'
     r.length, r.tokens, r.progress = r.length + length, r.tokens + tokens, r.progress + tokens
-    if tokens > 0 then
+    if tokens > 0 and version ~= r.high then
       if r.low == 0 then r.low = version end
-      r.high = version
+      r.high, r.changed = version, true
     end
     r.new = (r.new or 0) + tokens
     pushes[#pushes + 1] = { rid, ARGV[b + 6], #status + 1 }
@@ -40,14 +45,16 @@ for i, push in ipairs(pushes) do
 end
 for rid, r in pairs(seen) do
   if r.new then
-    local key, versions = P .. 'rollout:' .. rid, r.low .. '-' .. r.high
-    call('HSET', key, 'tokens', str(r.tokens), 'length', str(r.length), 'progress', str(r.progress))
-    if versions ~= r.old and r.high > 0 then call('HSET', key, 'versions', versions) end
-    add('ledger', 'accepted', r.new)
-    add('ledger', 'open', r.new)
-    add('pool', 'tokens:' .. r.kind .. ':open', r.new)
-    if r.kind == 'train' then add('round', 'generated', r.new) end
+    local key = P .. 'rollout:' .. rid
+    call('HSET', key, 'tokens', r.tokens, 'length', r.length, 'progress', r.progress)
+    if r.changed then call('HSET', key, 'versions', r.low .. '-' .. r.high) end
+    sums[r.kind] = (sums[r.kind] or 0) + r.new
   end
+end
+for kind, new in pairs(sums) do
+  add('ledger', 'accepted', new)
+  shift(kind, nil, 'open', new)
+  if kind == 'train' then add('round', 'generated', new) end
 end
 flush()
 return status
