@@ -57,7 +57,7 @@ async def test_waits_for_the_run_and_reports_what_it_waits_for(
     async def said(text: str) -> bool:
         return learner.log_path.exists() and text in learner.log()
 
-    await until(lambda: said("waiting for the run to be created"), "its first words")
+    await until(lambda: said("waiting for the coordinator"), "its first words")
     feeder = await Feeder.make(any_redis.url, path)
     await until(lambda: said("learner is waiting"), "a stall report")
     assert "120 ready tokens" in learner.log()
