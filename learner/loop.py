@@ -352,6 +352,8 @@ class LearnerLoop:
             closed: list[int] = []
             for outcome in outcomes:
                 self.state.outcomes_seen = outcome.entry_id
+                if outcome.rollout_id:  # replaced by a sibling: its group goes on
+                    continue
                 if outcome.kind == "train" and outcome.end in _CLOSED_WITHOUT_TRAINING:
                     group = await self._broker.group(outcome.group_id)
                     if group and "source_index" in group:

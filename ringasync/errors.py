@@ -18,6 +18,7 @@
     ├── WeightError            do not generate with these weights
     │   ├── ManifestError
     │   ├── CanaryError
+    │   ├── SwapFailedError
     │   └── TransportRefusedError
     ├── EngineError            the inference engine is unusable: rebuild it or exit  exit 6
     ├── VerifierError          no verdict: retry, never a zero reward
@@ -112,6 +113,14 @@ class ManifestError(WeightError):
 
 class CanaryError(WeightError):
     """Live weights differ from the manifest (read-back) or answer differently (probe)."""
+
+
+class SwapFailedError(WeightError):
+    """The engine does not serve ``version`` as published; the engine is not to be trusted now."""
+
+    def __init__(self, version: int, why: str) -> None:
+        super().__init__(f"version {version}: {why}")
+        self.version, self.why = version, why
 
 
 class TransportRefusedError(WeightError):

@@ -60,7 +60,7 @@ class EngineControl:
             self._pump_task = asyncio.create_task(self._pump(engine), name="engine-pump")
 
     async def stop(self) -> None:
-        """End the engine, dead or alive."""
+        """End the engine, dead or alive; ``failed`` told of this one and is cleared."""
         async with self._lock:
             if self._pump_task is not None:
                 self._pump_task.cancel()
@@ -69,6 +69,7 @@ class EngineControl:
             engine, self._engine = self._engine, None
             if engine is not None:
                 await engine.stop()
+            self.failed = None
 
     async def hold(self, reason: str) -> None:
         """Pause; all tokens sampled so far have been handed on when this returns."""
@@ -96,10 +97,16 @@ class EngineControl:
             await self._alive().generate(requests)
 
     async def abort(self, request_ids: Sequence[str]) -> None:
-        """Stop these; a dead engine has stopped them already."""
+        """Stop these; a dead engine has stopped them already.
+
+        What they had sampled has been handed on when this returns, so that none of it is taken
+        for the tokens of a later request with the same id.
+        """
         async with self._lock:
             if request_ids and self.is_running:
-                await self._alive().abort(request_ids)
+                engine = self._alive()
+                await engine.abort(request_ids)
+                self._hand_on(engine.drain())
 
     async def load(self, weights_dir: Path, policy_version: int) -> None:
         """Swap weights; the caller holds the engine."""

@@ -11,6 +11,7 @@ from ringasync.broker.client import Broker
 from ringasync.broker.types import AppendStatus, MoveStatus
 from ringasync.errors import InvariantError, SchemaError
 from ringasync.observability.log import get_logger
+from ringasync.runtime import crashpoints
 from workers.buffers import LocalRollout, RolloutStore
 
 BATCH_ROLLOUTS = 64
@@ -106,6 +107,7 @@ class Flusher:
         if not items:
             return
         statuses = await self._broker.append_many(self._session_id(), items)
+        crashpoints.reach("appended")
         now_s = time.monotonic()
         for rollout, item, status in zip(owners, items, statuses, strict=True):
             if status in ("ok", "duplicate"):
@@ -167,10 +169,12 @@ class Flusher:
         self.finished += await self._let_go(rollouts, statuses)
 
     async def _finish(self, rollouts: Sequence[LocalRollout]) -> list[MoveStatus]:
-        return await self._broker.finish_many(
+        statuses = await self._broker.finish_many(
             self._session_id(),
             [(r.rollout_id, r.lease.token, str(r.finish), r.length) for r in rollouts],
         )
+        crashpoints.reach("finished")
+        return statuses
 
     async def _let_go(
         self, rollouts: Sequence[LocalRollout], statuses: Sequence[MoveStatus]

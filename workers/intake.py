@@ -2,14 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from ringasync.broker.types import Lease
+from ringasync.broker.types import Lease, Poll
 from ringasync.errors import SchemaError
 from ringasync.records.segment import decode_segment
 from ringasync.records.states import FinishReason
 from workers.buffers import LocalRollout, local_rollout
+
+_EMPTY_TAKE_PAUSE_S = (0.05, 1.0)
+
+
+class TakePause:
+    """How long to leave the queue alone after takes that came back empty.
+
+    The pause doubles, so that idle workers do not keep Redis busy. It begins anew when leases come
+    and when something changes that decides which tickets this worker may have.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._seen: tuple[object, ...] = ()
+        self._pause_s = _EMPTY_TAKE_PAUSE_S[0]
+        self._until_s = 0.0
+
+    def is_over(self, poll: Poll, loaded_version: int) -> bool:
+        """Whether to try now."""
+        seen = (
+            loaded_version,
+            poll.incarnation,
+            poll.round_id,
+            poll.round_state,
+            poll.pin_version,
+            poll.paused,
+        )
+        if seen != self._seen:
+            self._seen = seen
+            self._reset()
+        return self._clock() >= self._until_s
+
+    def note(self, num_leases: int) -> None:
+        """A take brought so many."""
+        if num_leases:
+            self._reset()
+            return
+        self._until_s = self._clock() + self._pause_s
+        self._pause_s = min(2 * self._pause_s, _EMPTY_TAKE_PAUSE_S[1])
+
+    def _reset(self) -> None:
+        self._pause_s, self._until_s = _EMPTY_TAKE_PAUSE_S[0], 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,9 +12,10 @@ from typing import Any
 from ringasync.broker.client import Broker
 from ringasync.broker.types import Lease, Poll
 from ringasync.config.schema import Config
-from ringasync.errors import EngineError, SessionLostError
+from ringasync.errors import EngineError, SessionLostError, SwapFailedError
 from ringasync.observability.log import get_logger
 from ringasync.records.states import Phase
+from ringasync.runtime import crashpoints
 from ringasync.runtime.shutdown import Shutdown
 from ringasync.weights.canary import ProbeGate
 from ringasync.weights.transport import Transport
@@ -22,11 +23,11 @@ from workers.buffers import RolloutStore
 from workers.engine_control import EngineControl, MakeEngine
 from workers.engines.base import TokenChunk
 from workers.flusher import Flusher
-from workers.intake import ModelLimits, sort_leases
+from workers.intake import ModelLimits, TakePause, sort_leases
 from workers.session import SessionKeeper, Status
 from workers.throttle import Throttle
 from workers.throughput import Throughput
-from workers.weight_keeper import SwapFailedError, WeightKeeper
+from workers.weight_keeper import WeightKeeper
 
 ReadLimits = Callable[[Path], ModelLimits]
 """What a weights folder says of EOS, vocabulary and window."""
@@ -35,7 +36,6 @@ Companion = Callable[[asyncio.Event], Coroutine[Any, Any, None]]
 """Work beside generation under the same session (the grader); runs until the event is set."""
 
 _TICK_S = 0.1
-_EMPTY_TAKE_PAUSE_S = 0.05
 _REBUILD_WINDOW_S = 60.0
 """An engine that dies twice within this is not rebuilt again."""
 
@@ -74,7 +74,7 @@ class RolloutWorker:
         self._changed = asyncio.Event()
         self._to_abort: list[str] = []
         self._doing = "starting"
-        self._take_not_before_s = 0.0
+        self._take_pause = TakePause()
         self.is_drained = False
         """Whether every lease was handed back; False when ``drain_timeout_s`` ran out first."""
         self._last_rebuild_s: float | None = None
@@ -299,7 +299,7 @@ class RolloutWorker:
             self._doing = "waiting: the run is paused"
         elif self.flusher.full_since_s is not None:
             self._doing = "waiting: Redis is full"
-        elif room > 0 and time.monotonic() >= self._take_not_before_s:
+        elif room > 0 and self._take_pause.is_over(poll, self.weights.loaded_number):
             try:
                 leases = await self._broker.take(
                     self.session.session_id, room, self.weights.loaded_number
@@ -307,13 +307,14 @@ class RolloutWorker:
             except SessionLostError:
                 self.session.mark_lost()
                 return
-            if not leases:
-                self._take_not_before_s = time.monotonic() + _EMPTY_TAKE_PAUSE_S
+            self._take_pause.note(len(leases))
             await self._accept(leases)
 
     async def _accept(self, leases: Sequence[Lease]) -> None:
         if not leases or self._limits is None:
             return
+        # The flusher may have given one of them up meanwhile: the engine must drop it first.
+        await self._drop_lost()
         intake = sort_leases(leases, self._limits)
         for rollout in (*intake.done, *intake.generate):
             self.store.put(rollout)
@@ -328,6 +329,7 @@ class RolloutWorker:
             )
         window = self._limits.window_tokens
         await self.control.submit([rollout.request(window) for rollout in intake.generate])
+        crashpoints.reach("taken")
         self._doing = "generating"
 
     async def _park(self, why: str, kind: str = "") -> None:

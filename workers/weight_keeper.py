@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from ringasync.broker.client import Broker
 from ringasync.broker.types import Poll
-from ringasync.errors import CanaryError, EngineError, ManifestError, WeightError
+from ringasync.errors import CanaryError, EngineError, ManifestError, SwapFailedError
 from ringasync.observability.log import bind_identity, get_logger
 from ringasync.records.weights import WeightManifest
+from ringasync.runtime import crashpoints
 from ringasync.weights.canary import ProbeGate, compare_read_back, probe_gaps
 from ringasync.weights.manifest import load_manifest
 from ringasync.weights.transport import Transport
@@ -39,14 +40,6 @@ class Version:
     def number(self) -> int:
         """The policy version."""
         return self.manifest.policy_version
-
-
-class SwapFailedError(WeightError):
-    """The engine does not serve ``version`` as published; the engine is not to be trusted now."""
-
-    def __init__(self, version: int, why: str) -> None:
-        super().__init__(f"version {version}: {why}")
-        self.version, self.why = version, why
 
 
 class WeightKeeper:
@@ -79,6 +72,8 @@ class WeightKeeper:
         self._changed = changed
         self._fetching: tuple[int, asyncio.Task[Version | None]] | None = None
         self._failed_fetches: dict[int, int] = {}
+        self._gone: set[int] = set()
+        """Versions that are superseded and not to be had any more: not bad, but passed over."""
         self.loaded: Version | None = None
         self.refused: dict[int, str] = {}
         self.swaps = 0
@@ -89,11 +84,21 @@ class WeightKeeper:
         return self.loaded.number if self.loaded is not None else 0
 
     def wanted(self, poll: Poll) -> int | None:
-        """The version to load next, or None: the pinned one, else the newest that is not bad."""
-        number = poll.latest_version if poll.pin_version is None else poll.pin_version
-        if number <= self.loaded_number or number in self.refused or number in poll.bad_versions:
-            return None
-        return number
+        """The version to load next, or None: the pinned one, else the newest that is not bad.
+
+        A worker that serves something waits for the latest; one that serves nothing yet goes down
+        from the latest to the newest that may be loaded and can still be had.
+        """
+        unfit = {*self.refused, *poll.bad_versions}
+        candidates: Iterable[int]
+        if poll.pin_version is not None:
+            candidates = (poll.pin_version,)
+        else:
+            unfit |= self._gone
+            oldest = poll.latest_version if self.loaded is not None else 1
+            candidates = range(poll.latest_version, oldest - 1, -1)
+        number = next((candidate for candidate in candidates if candidate not in unfit), 0)
+        return number if number > self.loaded_number else None
 
     async def fetched(self, number: int) -> Version | None:
         """The files of a version; None while they are on their way, or could not be had."""
@@ -130,6 +135,7 @@ class WeightKeeper:
             before_load()
             self._store.held_version = version.number
             await self._control.load(version.folder, version.number)
+            crashpoints.reach("swapping")
             await self._control.release("weights")
             await self._try(version.manifest)
         except (CanaryError, EngineError) as error:
@@ -163,6 +169,9 @@ class WeightKeeper:
 
     async def _fetch(self, number: int) -> Version | None:
         info = await self._broker.version(number)
+        if info is None and number not in self._gone and await self._is_superseded(number):
+            self._gone.add(number)  # announced versions only rise: it will not come back
+            return None
         try:
             if info is None:
                 raise ManifestError(f"version {number} is not announced any more")
@@ -172,8 +181,11 @@ class WeightKeeper:
             failures = self._failed_fetches.get(number, 0) + 1
             self._failed_fetches[number] = failures
             log.warning("weights not fetched", version=number, attempt=failures, error=str(error))
-            if failures >= MAX_FETCHES and not await self._is_superseded(number):
-                await self.refuse(number, f"cannot be fetched: {error}")
+            if failures >= MAX_FETCHES:
+                if await self._is_superseded(number):
+                    self._gone.add(number)  # pruned, most likely
+                else:
+                    await self.refuse(number, f"cannot be fetched: {error}")
             # Until the next try the poll may bring a newer version: this one may be pruned.
             await asyncio.sleep(_FETCH_RETRY_S)
             return None

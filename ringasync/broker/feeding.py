@@ -99,7 +99,7 @@ class FeedingMixin(BrokerCore):
         """Purge unfinished train rollouts with retention above ``sigma``.
 
         ``drop_group`` ends their groups and returns group ids; ``replace`` gives each group a
-        fresh sibling and returns the ids of the rollouts that went.
+        fresh sibling and returns the ids of the rollouts that went; each has its outcome.
         """
         reply = await self._script("purge", *fence_args(fence), request_id, sigma, action)
         return [part for part in text(reply).split(",") if part]
@@ -127,7 +127,8 @@ class FeedingMixin(BrokerCore):
     async def read_outcomes(self, after_id: str, count: int) -> list[Outcome]:
         """How groups ended, after ``after_id`` ("0" from the beginning), oldest first.
 
-        A group may come twice: ``ready`` first, then ``stale`` or ``quarantined``.
+        A group may come twice: ``ready`` first, then ``stale`` or ``quarantined``. An entry with
+        ``rollout_id`` is of one purged rollout whose group goes on.
         """
         first = "-" if after_id in ("", "0", "-") else f"({after_id}"
         rows = await self._read(self._client.xrange(self.keys.outcomes, first, "+", count))
@@ -187,4 +188,5 @@ def _outcome(entry_id: str, fields: dict[bytes, bytes]) -> Outcome:
         retention=int(row["retention"]),
         reason=row["reason"],
         at_ms=int(row["at_ms"]),
+        rollout_id=row.get("rollout", ""),
     )

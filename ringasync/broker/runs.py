@@ -84,10 +84,14 @@ class RunMixin(BrokerCore):
         await self._script("set_meta", *fence_args(fence), "phase", str(Phase(phase)))
 
     async def set_paused(self, paused: bool, why: str = "") -> None:
-        """Pause or resume the run by hand. Resuming also resets the quarantine breaker."""
+        """Pause or resume the run by hand.
+
+        Resuming also resets the quarantine breaker and lifts the block that bad versions set on
+        publication; the versions themselves stay bad.
+        """
         fields = ["paused", "1" if paused else "0", "paused_why", why]
         if not paused:
-            fields += ["paused_feeding", ""]
+            fields += ["paused_feeding", "", "publication_blocked", ""]
         await self._script("set_meta", "", "", *fields)
         if not paused:
             await self._read(self._client.delete(self.keys.ends))

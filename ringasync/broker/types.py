@@ -229,6 +229,8 @@ class Outcome:
     retention: int
     reason: str
     at_ms: int
+    rollout_id: str = ""
+    """Set when only this rollout ended (purged and replaced); its group goes on."""
 
 
 @dataclass(frozen=True, slots=True)

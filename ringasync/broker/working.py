@@ -115,7 +115,7 @@ class WorkingMixin(BrokerCore):
         """A version failed checksum, read-back or canary here; returns how many workers say so.
 
         From two distinct workers on, the version is in ``Poll.bad_versions`` and publication is
-        blocked until ``unblock_publication``.
+        blocked until ``set_paused(False)`` (`ringasync resume`) or ``unblock_publication``.
         """
         return int(await self._script("bad_version", session_id, version, why))
 

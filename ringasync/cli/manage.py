@@ -22,9 +22,10 @@ def pause(
     runs_dir: RunsDirOption = RUNS_DIR,
     why: Annotated[str, typer.Option("--why", help="Shown to everybody who looks.")] = "by hand",
 ) -> None:
-    """Stop generation of a run: workers park what they have and take nothing new.
+    """Stop generation of a run: workers stop, send the tokens they have and take nothing new.
 
-    The learner trains what is ready. `ringasync resume` lets the run go on.
+    They keep their leases and go on where they stopped. The learner trains what is ready.
+    `ringasync resume` lets the run go on.
 
     Example: ringasync pause --run demo --why "the machine is needed"
     """
@@ -36,7 +37,11 @@ def pause(
 def resume(
     run: RunOption = "", redis_url: RedisUrlOption = "", runs_dir: RunsDirOption = RUNS_DIR
 ) -> None:
-    """Let a paused run go on, also one that paused itself after too many quarantined groups.
+    """Let a paused run go on, also one that stopped itself.
+
+    That is: after too many quarantined groups, or when two workers refused a version and so
+    blocked publication. The refused version is not loaded again; a learner that ended because
+    of the block has to be started again unless `ringasync up` does it.
 
     Example: ringasync resume --run demo
     """

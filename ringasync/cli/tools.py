@@ -5,19 +5,27 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console, RenderableType
 
 from ringasync.broker.client import Broker
+from ringasync.broker.types import AuditReport
 from ringasync.cli.options import RedisUrlOption, RunOption, RunsDirOption
 from ringasync.cli.target import Target, broker_of, config_of, resolve_run_dir, resolve_target
 from ringasync.errors import ConfigError
-from ringasync.observability.record_views import render_audit, render_inspect, render_samples
+from ringasync.observability.record_views import (
+    render_audit,
+    render_failures,
+    render_inspect,
+    render_samples,
+)
+from ringasync.observability.run_metrics import FAILED_ENDS, read_run
 from ringasync.runtime.summary import read_summary, summary_lines
 
 RUNS_DIR = Path("runs")
+_OUTCOMES_A_CALL = 1000
 
 _T = TypeVar("_T")
 
@@ -94,14 +102,42 @@ def audit(
 ) -> None:
     """Recount every accepted token and compare with the accounts. Exit 0 balanced, 1 not.
 
-    Works at any moment, also while workers are being killed.
+    Works at any moment, also while workers are being killed. Below the accounts: how many groups
+    ended quarantined or without a verdict, and why the last of them did.
 
     Example: ringasync audit --run demo
     """
     target = resolve_target(run, redis_url, runs_dir)
-    found = ask(target, lambda broker: broker.audit())
+
+    async def read(broker: Broker) -> tuple[AuditReport, list[dict[str, Any]]]:
+        return await broker.audit(), await _failures(target, broker)
+
+    found, failures = ask(target, read)
     Console().print(render_audit(found))
+    Console().print(render_failures(failures))
     raise typer.Exit(0 if found.balanced else 1)
+
+
+async def _failures(target: Target, broker: Broker) -> list[dict[str, Any]]:
+    """Outcomes of groups that went wrong, oldest first.
+
+    Redis holds the outcomes of the last minutes, ``metrics.jsonl`` the recorded ones, if the
+    run's folder is on this machine.
+    """
+    failed = (await asyncio.to_thread(read_run, target.run_dir)).failed
+    after = "0"
+    while outcomes := await broker.read_outcomes(after, _OUTCOMES_A_CALL):
+        after = outcomes[-1].entry_id
+        for outcome in outcomes:
+            if outcome.end in FAILED_ENDS:
+                failed[outcome.group_id] = {
+                    "group": outcome.group_id,
+                    "end": outcome.end,
+                    "lengths": list(outcome.lengths),
+                    "reason": outcome.reason,
+                    "at_ms": outcome.at_ms,
+                }
+    return sorted(failed.values(), key=lambda line: int(line.get("at_ms") or 0))
 
 
 def report(

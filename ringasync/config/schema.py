@@ -131,7 +131,7 @@ class WorkerConfig(_Section):
 
     count: int = Field(2, ge=0)
     """Workers that ``ringasync up`` starts; more may join at any time."""
-    engine: Literal["transformers", "vllm"] = "transformers"
+    engine: Literal["transformers"] = "transformers"
     max_concurrent: int = Field(64, ge=1)
     """Rollouts that one worker generates at once."""
     flush_tokens: int = Field(64, ge=1)

@@ -37,6 +37,7 @@ class Evaluator:
         self._expected: dict[str, str] = {}
         self._deadline_s = 0.0
         self._began_s = 0.0
+        self._incarnations = seat.incarnations
         self._wanted = seat.config.eval.prompts > 0
 
     @property
@@ -63,6 +64,8 @@ class Evaluator:
         if self._label:
             if self.missing == 0:
                 await self._conclude()
+            elif self._incarnations != self._seat.incarnations:
+                await self._feed_again()
             elif poll.paused:
                 self._deadline_s = time.monotonic() + self._seat.config.eval.timeout_s
             elif time.monotonic() >= self._deadline_s:
@@ -91,24 +94,50 @@ class Evaluator:
     async def _start(self, label: str) -> None:
         """Pin the newest version and feed the held-out set; a repeat after a crash is harmless."""
         broker, fence = self._seat.broker, self._seat.fence
+        incarnations = self._seat.incarnations
         version = await broker.set_pin(fence, True)
         if version is None:
             return
         groups = await asyncio.to_thread(self._source.eval_groups, label)
         for first in range(0, len(groups), _GROUPS_A_CALL):
-            if not await self._feed(label, first, groups[first : first + _GROUPS_A_CALL]):
+            some = groups[first : first + _GROUPS_A_CALL]
+            if not await self._feed(f"eval:{label}:{first}", some):
                 return
         self._label, self._version = label, version
+        self._incarnations = incarnations
         self._expected = {group.group_id: group.domain for group in groups}
         self._began_s = time.monotonic()
         self._deadline_s = self._began_s + self._seat.config.eval.timeout_s
         log.info("evaluation started", label=label, version=version, prompts=len(groups))
         crashpoints.reach("eval_fed")
 
-    async def _feed(self, label: str, first: int, groups: Sequence[NewGroup]) -> bool:
+    async def _feed_again(self) -> None:
+        """Redis lost its tail: pin again and feed the held-out prompts that went with it."""
+        incarnations, fence = self._seat.incarnations, self._seat.fence
+        version = await self._seat.broker.set_pin(fence, True)
+        if version is None:
+            return
+        late = self._expected.keys() - self._results().keys()
+        groups = await asyncio.to_thread(self._source.eval_groups, self._label)
+        lost = [g for g in groups if g.group_id in late and await self._is_unknown(g.group_id)]
+        for first in range(0, len(lost), _GROUPS_A_CALL):
+            # Not the first feeding's request: Redis may still know the answer to that.
+            request = f"eval:{self._label}:again:{fence.token}:{incarnations}:{first}"
+            if not await self._feed(request, lost[first : first + _GROUPS_A_CALL]):
+                return
+        log.warning(
+            "evaluation goes on after a rollback",
+            label=self._label,
+            fed_again=len(lost),
+            version=version,
+            version_before=self._version,
+        )
+        self._version, self._incarnations = version, incarnations
+        self._deadline_s = time.monotonic() + self._seat.config.eval.timeout_s
+
+    async def _feed(self, request: str, groups: Sequence[NewGroup]) -> bool:
         broker, fence = self._seat.broker, self._seat.fence
         cursor = await broker.data_cursor()  # held-out prompts do not move it
-        request = f"eval:{label}:{first}"
         try:
             return await broker.feed(fence, request, groups, cursor) >= 0
         except InvariantError:
@@ -128,12 +157,15 @@ class Evaluator:
     async def _give_up(self) -> None:
         """Out of time: what is missing ends without a verdict and is left out of the mean.
 
-        It ends as ``evaluated`` without a reward: as quarantined it would trip the breaker.
+        It ends as ``evaluated`` without a reward: as quarantined it would trip the breaker. A
+        group that Redis does not know (it lost its tail) has nothing to end.
         """
         late = sorted(self._expected.keys() - self._results().keys())
         timeout_s = self._seat.config.eval.timeout_s
         log.warning("evaluation out of time", label=self._label, missing=len(late), s=timeout_s)
         for group_id in late:
+            if await self._is_unknown(group_id):
+                continue
             reason = f"evaluation {self._label} was out of time after {timeout_s:g} s"
             await self._seat.broker.end_group(
                 self._seat.fence, group_id, GroupState.EVALUATED, reason

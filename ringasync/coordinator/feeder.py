@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from ringasync.scheduling.watermark import DataPosition
 GROUPS_A_CALL = 64
 _FULL_PAUSE_S = 1.0
 _LIVES_FILE = "feeding.json"
+_CHECKPOINT = re.compile(r"^step(\d+)-f(\d+)-l(\d+)$")
 
 log = get_logger(__name__)
 
@@ -72,12 +74,20 @@ class Feeder:
         self._cursor = Cursor()
         self._full_until = 0.0
         self.fed_groups = 0
-        self.redis_full = False
 
     @property
     def data_ended(self) -> bool:
         """Whether a finite mixture has been fed whole."""
         return self._cursor.ended
+
+    @property
+    def redis_full(self) -> bool:
+        """Whether Redis refused a feeding just now.
+
+        It is tried again every second while feeding is wanted; a refusal that was not repeated is
+        over, or hinders nobody.
+        """
+        return time.monotonic() < self._full_until + _FULL_PAUSE_S
 
     async def restore(self) -> None:
         """Find the place: the broker's cursor, or the newest checkpoint's when Redis is empty."""
@@ -131,12 +141,11 @@ class Feeder:
                 raise
             log.warning("groups were there already", there=len(groups) - len(missing))
             reply = await broker.feed(fence, request + "+", missing, cursor.to_json())
-        self.redis_full = reply < 0
-        if self.redis_full:
+        if reply < 0:
             self._full_until = time.monotonic() + _FULL_PAUSE_S
             log.warning("redis is full: feeding waits", groups=len(groups))
             return False
-        self._cursor = cursor
+        self._full_until, self._cursor = 0.0, cursor
         return True
 
     async def refresh(self) -> None:
@@ -172,8 +181,17 @@ def _first_cursor(run_dir: Path) -> Cursor:
 
 
 def checkpoint_position(run_dir: Path) -> DataPosition:
-    """The data position of the newest checkpoint; the beginning when there is none."""
-    for meta in sorted(run_dir.glob("checkpoints/step*/meta.json"), reverse=True):
+    """The data position of the newest checkpoint; the beginning when there is none.
+
+    Newest as the learner sees it: by journal life, then by step. A later life may have begun
+    from an older step.
+    """
+    found = [
+        (int(name[3]), int(name[1]), meta)
+        for meta in run_dir.glob("checkpoints/step*/meta.json")
+        if (name := _CHECKPOINT.match(meta.parent.name))
+    ]
+    for _life, _step, meta in sorted(found, reverse=True):
         try:
             fields: Any = json.loads(meta.read_text(encoding="utf-8"))
             return DataPosition.from_json(str(fields["data_position"]))

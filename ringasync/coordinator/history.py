@@ -25,8 +25,9 @@ class RunHistory:
     """The little that decisions and the summary need of all recorded lines.
 
     ``steps`` maps a learner step to its line's scalars (of a step trained again after a restart
-    the last line counts). ``sampled`` holds (time in ms, mean reward) of every complete training
-    group. ``eval_results`` maps an evaluation's label to its prompts by group id.
+    the last line counts, at the time of the first). ``sampled`` holds (time in ms, mean reward)
+    of every complete training group. ``eval_results`` maps an evaluation's label to its prompts by
+    group id.
     """
 
     last_ids: dict[str, str] = field(default_factory=dict)
@@ -59,7 +60,10 @@ class RunHistory:
             for name, value in line.items()
             if isinstance(value, int | float) and not isinstance(value, bool)
         }
-        self.steps[int(line["step"])] = {**scalars, "at_ms": stream_ms(str(line.get("id", "0-0")))}
+        number, at_ms = int(line["step"]), stream_ms(str(line.get("id", "0-0")))
+        # Groups were sampled around the first time; a replay only repeats what came of them.
+        at_ms = min(at_ms, self.steps.get(number, {}).get("at_ms", at_ms))
+        self.steps[number] = {**scalars, "at_ms": at_ms}
         self.max_version = max(self.max_version, int(line.get("policy_version") or 0))
 
     def _add_outcome(self, line: dict[str, Any]) -> None:
@@ -70,6 +74,8 @@ class RunHistory:
             label = eval_label(line["group"])
             result = EvalResult(line["domain"], reward, int(lengths[0]) if lengths else 0)
             self.eval_results.setdefault(label, {})[line["group"]] = result
+            return
+        if line.get("rollout"):  # replaced: its group goes on
             return
         self.ends[line["end"]] = self.ends.get(line["end"], 0) + 1
         if line["end"] in _SAMPLED_ENDS and rewards:

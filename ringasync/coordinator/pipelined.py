@@ -48,7 +48,7 @@ class PipelinedSchedule:
 
     def on_outcome(self, outcome: Outcome) -> None:
         """A group became complete or ended."""
-        if outcome.kind != "train":
+        if outcome.kind != "train" or outcome.rollout_id:
             return
         self._overtaking.complete(outcome.group_id)
         if outcome.end in ("ready", "filtered"):

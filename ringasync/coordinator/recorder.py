@@ -178,6 +178,7 @@ def outcome_line(outcome: Outcome) -> dict[str, Any]:
         "retention": outcome.retention,
         "reason": outcome.reason,
         "at_ms": outcome.at_ms,
+        **({"rollout": outcome.rollout_id} if outcome.rollout_id else {}),
     }
 
 

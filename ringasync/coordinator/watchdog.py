@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ringasync.broker.types import Backlog, Poll
 from ringasync.coordinator.seat import Seat
 from ringasync.observability.log import get_logger
 
 log = get_logger(__name__)
+_FULL = "Redis is full"
+"""What a worker says that keeps tokens because its appends are refused."""
 Session = Mapping[str, str]
 
 
@@ -25,6 +27,8 @@ class Situation:
     evaluation: str
     redis_full: bool
     doing: str
+    publication_blocked: str = ""
+    """Why no version can be published; read when a stall is to be reported."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +70,9 @@ class Watchdog:
             return None
         self._reported_s = at
         self.reports += 1
-        stall = judge(now, await self._seat.broker.sessions())
+        broker = self._seat.broker
+        blocked = (await broker.run_meta()).get("publication_blocked", "")
+        stall = judge(replace(now, publication_blocked=blocked), await broker.sessions())
         since_s = round(at - self._moved_s, 1)
         log.warning("nothing moves", awaited=stall.awaited, owed_by=stall.owed_by, since_s=since_s)
         self._seat.status["stall"] = f"{since_s:.0f} s: {stall.awaited}; owed by {stall.owed_by}"
@@ -76,20 +82,23 @@ class Watchdog:
 def judge(now: Situation, sessions: Sequence[Session]) -> Stall:
     """Who has the next move. The order is that of the data's way, seen from its hindrances."""
     return (
-        _halted(now)
+        _halted(now, sessions)
         or _owed_by_learner(now, sessions)
         or _owed_by_workers(now, sessions)
         or Stall(f"the coordinator's next turn ({now.doing})", "the coordinator")
     )
 
 
-def _halted(now: Situation) -> Stall | None:
+def _halted(now: Situation, sessions: Sequence[Session]) -> Stall | None:
     if now.poll.paused:
         return Stall("the run to be resumed", "whoever paused it: `ringasync resume`")
     if now.backlog.paused_feeding:
         cause = now.backlog.paused_feeding
         return Stall(f"feeding to be resumed: {cause}", "a person: `ringasync resume` once mended")
-    if now.redis_full:
+    if now.publication_blocked:
+        awaited = f"publication to be unblocked: {now.publication_blocked}"
+        return Stall(awaited, "a person: `ringasync resume` once mended")
+    if now.redis_full or any(_FULL in row.get("doing", "") for row in sessions):
         return Stall("memory in Redis", "the learner, which frees it, or a larger maxmemory")
     return None
 

@@ -117,6 +117,8 @@ def _reward_by_domain(metrics: RunMetrics) -> Plot:
 def _errors_by_domain(metrics: RunMetrics) -> Plot:
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for line in metrics.outcomes:
+        if line.get("rollout"):  # replaced: its group goes on
+            continue
         counts[str(line.get("domain", "?"))][str(line.get("end", "?"))] += 1
     errors = sum(count[end] for count in counts.values() for end in _ERROR_ENDS)
     groups = sum(count.total() for count in counts.values())

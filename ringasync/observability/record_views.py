@@ -15,6 +15,7 @@ from ringasync.broker.types import AuditReport
 from ringasync.observability.plain import plain, printable
 
 _TEXT_CHARS = 4000
+_LAST_REASONS = 5
 _SHOWN_FIELDS = (
     "group", "kind", "state", "worker", "tokens", "length", "versions", "retention", "attempts",
     "grade_attempts", "finish", "reward", "reason",
@@ -79,6 +80,28 @@ def render_audit(report: AuditReport) -> RenderableType:
         parts.append(Text(verdict, style="green"))
     else:
         parts.append(Text(f"OUT OF BALANCE: {report.accepted_tokens:,} accepted tokens", "red"))
+    return Group(*parts)
+
+
+def render_failures(failures: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """Groups that ended quarantined or grade_error: how many, their tokens, the last reasons.
+
+    ``failures`` are outcomes with ``end``, ``group``, ``lengths`` and ``reason``, oldest first. A
+    bad prompt is among them with 0 tokens: the accounts do not show it.
+    """
+    if not failures:
+        return Text("no group ended quarantined or grade_error")
+    parts: list[RenderableType] = []
+    for end in sorted({str(line.get("end", "?")) for line in failures}):
+        rows = [line for line in failures if str(line.get("end", "?")) == end]
+        lengths = [n for line in rows for n in line.get("lengths") or () if isinstance(n, int)]
+        parts.append(
+            plain(f"{len(rows):,} groups ended {end} ({sum(lengths):,} tokens); the last:")
+        )
+        parts += [
+            Text.assemble("  ", plain(line.get("group", "?")), ": ", plain(line.get("reason", "")))
+            for line in rows[-_LAST_REASONS:]
+        ]
     return Group(*parts)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
+FAILED_ENDS = ("quarantined", "grade_error")
 Line = dict[str, Any]
 
 
@@ -20,8 +21,10 @@ class RunMetrics:
     """What a run has recorded so far.
 
     ``steps`` are sorted by learner step; of a step that was trained again after a restart the last
-    line counts. ``outcomes`` and ``snapshots`` are in file order. ``evals`` maps an evaluation's
-    label to the rewards of its held-out prompts (None: no verdict).
+    line counts, with ``at_ms`` of the first. ``outcomes`` and ``snapshots`` are in file order.
+    ``evals`` maps an evaluation's label to the rewards of its held-out prompts (None: no verdict).
+    ``failed`` holds, by group id, the outcomes that ended in one of ``FAILED_ENDS``, also those of
+    held-out groups.
     """
 
     steps: list[Line] = field(default_factory=list)
@@ -30,6 +33,7 @@ class RunMetrics:
     evals: dict[str, list[float | None]] = field(default_factory=dict)
     eval_lines: dict[str, Line] = field(default_factory=dict)
     events: list[Line] = field(default_factory=list)
+    failed: dict[str, Line] = field(default_factory=dict)
     summary: Line = field(default_factory=dict)
     unreadable_lines: int = 0
     step_times_ms: list[int] = field(default_factory=list)
@@ -47,8 +51,10 @@ def read_run(run_dir: Path) -> RunMetrics:
     groups: dict[str, dict[str, float | None]] = {}
     for line in _lines(run_dir / METRICS_FILE, metrics):
         kind = line.get("kind")
+        if kind == "outcome" and line.get("end") in FAILED_ENDS:
+            metrics.failed[str(line.get("group"))] = line
         if kind == "step" and isinstance(line.get("step"), int):
-            steps[line["step"]] = line
+            steps[line["step"]] = _again(steps.get(line["step"]), line)
         elif kind == "outcome" and line.get("group_kind") == "eval":
             label = str(line.get("group", ""))[1:].rpartition("-")[0]
             groups.setdefault(label, {})[str(line.get("group"))] = _eval_reward(line)
@@ -79,6 +85,13 @@ def number(line: Line, key: str) -> float | None:
     """A numeric field, or None when it is absent or something else."""
     value = line.get(key)
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _again(before: Line | None, line: Line) -> Line:
+    """A step's line; of one that was trained again, with the time at which it came first."""
+    if before is None:
+        return line
+    return {**line, "at_ms": min(at_ms_of(before), at_ms_of(line))}
 
 
 def _eval_reward(line: Line) -> float | None:

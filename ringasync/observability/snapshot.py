@@ -125,6 +125,8 @@ class SnapshotReader:
                 return
 
     def _add_outcome(self, outcome: Outcome) -> None:
+        if outcome.rollout_id:  # replaced: its group goes on
+            return
         if outcome.kind != "eval":
             self._ends[outcome.end] += 1
             return

@@ -226,7 +226,8 @@ class _Child:
             raise self._broken(f"verifier process sent garbage: {error}") from error
 
     async def _read(self) -> dict[str, Any]:
-        await self._stdin.drain()
+        with suppress(ConnectionError):  # it may have answered and left: its words come first
+            await self._stdin.drain()
         length = int.from_bytes(await self._stdout.readexactly(4), "little")
         if length > MAX_FRAME_BYTES:
             raise ValueError(f"a frame of {length} bytes")

@@ -131,6 +131,15 @@ async def test_purge_replaces_with_a_fresh_sibling(rounds: Kit) -> None:
     await kit.grade(await broker.take_grading("w", 9), [0.0, 1.0, 0.0])
     assert await kit.group_state("g1") == "ready"
     assert await kit.check() == {"purged": 10, "graded": 6}
+    *gone, ready = await broker.read_outcomes("0", 9)
+    assert {o.rollout_id for o in gone} == set(purged)
+    assert {(o.group_id, o.end, o.kind, o.rewards) for o in gone} == {("g1", "purged", "train", ())}
+    assert sorted(o.lengths for o in gone) == [(0,), (5,), (5,)]
+    for number, outcome in enumerate(sorted(gone, key=lambda o: o.entry_id)):
+        assert outcome.reason == f"retention 1, replaced by g1.{number + 3}"
+    assert (ready.end, ready.rollout_id) == ("ready", "")
+    # A replaced rollout is not the end of a group: the breaker looks at those only.
+    assert await broker.client.llen(broker.keys.ends) == 1
 
 
 async def test_purge_leaves_finished_and_ready_alone(kit: Kit) -> None:

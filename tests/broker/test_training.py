@@ -140,6 +140,19 @@ async def test_two_workers_against_a_version_block_publication(kit: Kit) -> None
     assert (await kit.broker.heartbeat("w1", 5000, {})).bad_versions == (1,)
 
 
+async def test_resume_lifts_the_block_that_bad_versions_set(kit: Kit) -> None:
+    for name in ("w1", "w2"):
+        await kit.broker.open_session(name, "worker", 5000, {"worker": name})
+        await kit.broker.report_bad_version(name, 1, "probe gap 3.2")
+    assert (await kit.broker.run_meta())["publication_blocked"]
+    await kit.broker.set_paused(True)
+    with pytest.raises(WeightError, match="blocked"):
+        await kit.broker.publish(kit.learner, VersionInfo(2, 1, 0, "{}"))
+    await kit.broker.set_paused(False)
+    await kit.broker.publish(kit.learner, VersionInfo(2, 1, 0, "{}"))
+    assert (await kit.broker.heartbeat("w1", 5000, {})).bad_versions == (1,)
+
+
 async def test_a_learner_that_lost_its_lock_changes_nothing(kit: Kit) -> None:
     await kit.ready("g1")
     await kit.advance(60_000)

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from ringasync.broker.client import Broker
 from ringasync.broker.embedded import EmbeddedRedis
+from ringasync.broker.types import NewGroup
 from ringasync.cli.main import app
 from ringasync.config.load import config_hash, load_config, resolved_json
 from ringasync.runtime.runfiles import RunRecord
@@ -260,6 +261,32 @@ async def test_audit_of_a_balanced_run_also_when_it_is_over(tmp_path: Path, live
     answer = await ringasync("audit", cwd=tmp_path)
     assert answer.code == 0
     assert not (live_run / "redis" / "redis.url").exists()
+
+
+async def test_audit_shows_what_went_wrong_in_redis_and_in_the_file(
+    tmp_path: Path, live_run: Path
+) -> None:
+    url = (live_run / "redis" / "redis.url").read_text().strip()
+    broker = await Broker.connect(url, "small")
+    fence = await broker.acquire_lock("coordinator", "test", 60_000)
+    rows = [
+        NewGroup(f"g{i}", "train", "sums", "p", (1,), {}, i, 2, 8, f"row {i} is broken")
+        for i in (1, 2)
+    ]
+    await broker.feed(fence, "f", rows, "c")
+    await broker.close()
+    old = {"kind": "outcome", "end": "grade_error", "lengths": [5, 6], "reason": "no verdict"}
+    lines = [
+        {**old, "group": "efirst-0001", "group_kind": "eval", "at_ms": 1},
+        {**old, "group": "g1", "group_kind": "train", "at_ms": 2},  # newer in Redis
+    ]
+    (live_run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    answer = await ringasync("audit", cwd=tmp_path)
+    assert answer.code == 0
+    assert "2 groups ended quarantined (0 tokens)" in answer.out
+    assert "g2: row 2 is broken" in answer.out
+    assert "1 groups ended grade_error (11 tokens)" in answer.out
+    assert "efirst-0001: no verdict" in answer.out
 
 
 async def test_report_of_a_run_that_has_hardly_begun(tmp_path: Path, live_run: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -211,6 +212,18 @@ async def test_an_empty_redis_goes_on_from_the_checkpoint(seat: Seat, config: Co
     assert await after.feed(3) == ["g000003r1", "g000005r1", "g000006r1"]
 
 
+def test_the_newest_checkpoint_is_that_of_the_latest_life(tmp_path: Path) -> None:
+    """A later life may have begun from an older step, e.g. after its journal was set aside."""
+    names = ["step00000009-f000001-l000001", "step00000003-f000002-l000002"]
+    names += ["step00000004-f000002-l000002", ".tmp-step00000005-f000002-l000003-x"]
+    for index, name in enumerate(names):
+        folder = tmp_path / "checkpoints" / name
+        folder.mkdir(parents=True)
+        position = DataPosition().close([index])
+        (folder / "meta.json").write_text(json.dumps({"data_position": position.to_json()}))
+    assert checkpoint_position(tmp_path) == DataPosition().close([2])
+
+
 async def test_a_killed_first_feeding_is_not_taken_for_an_empty_redis(
     seat: Seat, config: Config
 ) -> None:
@@ -264,8 +277,19 @@ async def test_a_full_redis_leaves_the_cursor_and_is_tried_again(
     finally:
         await client.config_set("maxmemory", limit)
     assert await feeder.feed(2) == []  # not before a second has passed
-    feeder._full_until = 0.0
+    feeder._full_until = time.monotonic()
     assert await feeder.feed(2) == ["g000000", "g000001"]
+    assert not feeder.redis_full
+
+
+async def test_a_refusal_that_is_not_repeated_is_over(seat: Seat, config: Config) -> None:
+    feeder = Feeder(seat, words_source(config))
+    await feeder.restore()
+    seen = [feeder.redis_full]
+    for refused_s_ago in (1.5, 2.5):  # feeding is tried again after one second
+        feeder._full_until = time.monotonic() + 1.0 - refused_s_ago
+        seen.append(feeder.redis_full)
+    assert seen == [False, True, False]
 
 
 @pytest.mark.parametrize("mode", ["pipelined", "rounds"])

@@ -107,6 +107,27 @@ def test_of_a_step_trained_again_the_last_line_counts() -> None:
     assert {number: row["mask_rate"] for number, row in history.steps.items()} == {1: 0.5, 2: 0.1}
 
 
+def test_a_replayed_step_keeps_the_time_it_was_first_made() -> None:
+    history = RunHistory()
+    for number in (1, 2, 3):
+        history.add(outcome(f"g{number}", 100 * number - 50, [number / 10, number / 10]))
+        history.add(step(number, 100 * number, loss=1.0))
+    for number in (1, 2, 3):  # the learner lost its checkpoint
+        history.add(step(number, 900 + number, loss=2.0))
+    assert [(row["at_ms"], row["loss"]) for row in history.steps.values()] == [
+        *((100, 2.0), (200, 2.0), (300, 2.0)),
+    ]
+    assert train_rewards(history) == (0.1, 0.3)
+
+
+def test_a_replaced_rollout_is_no_end_of_its_group() -> None:
+    history = RunHistory()
+    history.add(outcome("g1", 5, [], end="purged", lengths=[30], rollout="g1.0"))
+    history.add(outcome("g1", 6, [1.0, 0.0]))
+    history.add(outcome("g2", 7, [], end="purged"))
+    assert history.ends == {"ready": 1, "purged": 1}
+
+
 def test_eval_outcomes_are_kept_by_label_and_without_verdict_as_none() -> None:
     history = RunHistory()
     history.add(outcome(eval_group_id("step40", 3), 5, [1.0]))

@@ -14,6 +14,10 @@ from ringasync.broker.client import Broker
 from ringasync.broker.types import Backlog, Poll
 from ringasync.config.schema import Config
 from ringasync.coordinator.app import Coordinator, Place
+from ringasync.coordinator.evaluation import Evaluator
+from ringasync.coordinator.history import eval_group_id
+from ringasync.coordinator.recorder import Recorder
+from ringasync.coordinator.seat import Seat
 from ringasync.coordinator.watchdog import Situation, judge
 from ringasync.runtime.shutdown import Shutdown
 from tests.coordinator.crew import (
@@ -61,6 +65,7 @@ def situation(**change: object) -> Situation:
     [
         (situation(paused=True), "resumed", "ringasync resume"),
         (situation(paused_feeding="40 of 64 bad"), "40 of 64 bad", "ringasync resume"),
+        (situation(publication_blocked="2 refused 7"), "2 refused 7", "`ringasync resume`"),
         (situation(redis_full=True), "memory in Redis", "maxmemory"),
         (situation(latest_version=0), "first policy version", "learner (training"),
         (situation(ready_tokens=100), "a step on 100 waiting tokens", "heartbeat 4000 ms ago"),
@@ -86,6 +91,11 @@ def test_a_role_that_is_not_there_is_named_as_missing() -> None:
     described = judge(situation(open_rollouts=7), many).owed_by
     assert described.startswith("w5 ")  # the longest silent first
     assert described.endswith("and 2 more")
+
+
+def test_a_worker_that_keeps_tokens_says_that_redis_is_full() -> None:
+    full = {**WORKER, "doing": "waiting: Redis is full"}
+    assert judge(situation(running_rollouts=3), [full, LEARNER]).awaited == "memory in Redis"
 
 
 @asynccontextmanager
@@ -164,6 +174,55 @@ async def test_an_evaluation_out_of_time_is_recorded_without_what_is_missing(
     assert (first["n"], first["without_verdict"]) == (3, 5)
     assert (await live.audit()).balanced
     assert (await live.run_meta())["paused_feeding"] == ""
+
+
+@pytest.fixture
+async def evaluating(
+    tmp_path: Path, run_name: str, live: Broker
+) -> AsyncIterator[tuple[Seat, Evaluator, Recorder]]:
+    """The first evaluation has been fed, and Redis has then lost every group of it but one."""
+    config = make_config(tmp_path, run_name, eval__timeout_s=30)
+    await live.create_run("", "hash", "pipelined")
+    seat = Seat(live, config, Shutdown())
+    assert await seat.take()
+    await Crew(live, config).join()
+    recorder = Recorder(seat)
+    recorder.open()
+    evaluator = Evaluator(seat, words_source(config), recorder)
+    await evaluator.turn(await seat.beat(), BACKLOG, training_is_over=False)
+    assert (evaluator.running, evaluator.missing) == ("first", 8)
+    keys = live.keys
+    for name in (eval_group_id("first", index) for index in range(1, 8)):
+        await live.client.delete(keys.group(name), keys.rollout(f"{name}.0"))
+        await live.client.srem(keys.live, name)
+    await live.client.hset(keys.meta, "pin_version", "")
+    yield seat, evaluator, recorder
+    recorder.close()
+
+
+async def test_held_out_prompts_that_redis_lost_are_fed_again(
+    evaluating: tuple[Seat, Evaluator, Recorder], live: Broker
+) -> None:
+    seat, evaluator, _ = evaluating
+    seat.incarnations += 1  # what `keep` does when Redis is another process
+    await evaluator.turn(await seat.beat(), BACKLOG, training_is_over=False)
+    for index in range(8):
+        group = await live.group(eval_group_id("first", index))
+        assert group is not None
+        assert group["state"] == "open"
+    assert (await seat.beat()).pin_version == 1
+    assert (evaluator.running, evaluator.missing) == ("first", 8)
+
+
+async def test_out_of_time_with_groups_that_redis_lost(
+    evaluating: tuple[Seat, Evaluator, Recorder],
+) -> None:
+    seat, evaluator, recorder = evaluating
+    evaluator._deadline_s = 0.0
+    await evaluator.turn(await seat.beat(), BACKLOG, training_is_over=False)
+    line = recorder.history.evals["first"]
+    assert (line["n"], line["without_verdict"]) == (0, 8)
+    assert evaluator.running == ""
 
 
 async def _eval_open(broker: Broker, count: int) -> bool:

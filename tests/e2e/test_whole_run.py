@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import signal
@@ -17,6 +18,8 @@ import pytest
 from learner.journal import Journal
 from ringasync.broker.client import Broker
 from tests.e2e.tiny_run import TinyRun, ringasync, started, tiny_settings
+
+MAX_GAP_NATS = 1e-4
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(420)]
 
@@ -45,6 +48,17 @@ def check_finished(run: TinyRun, steps: int) -> None:
     assert summary["tokens_trained"] == trained_once(run)
     assert summary["tokens_accepted"] >= summary["tokens_trained"]
     assert (run.run_dir / "report.html").stat().st_size > 10_000
+    gaps = age_zero_gaps(run)
+    assert gaps, "no step trained a token of its own version"
+    assert max(gaps) < MAX_GAP_NATS
+
+
+def age_zero_gaps(run: TinyRun) -> list[float]:
+    """Largest log-prob gap, engine against learner, of each step with tokens of the very weights
+    that were trained: mostly weights that were swapped in during rollouts."""
+    lines = map(json.loads, (run.run_dir / "metrics.jsonl").read_text().splitlines())
+    steps = [line for line in lines if line["kind"] == "step"]
+    return [line["gap_max"] for line in steps if line["gap_max"] is not None]
 
 
 def trained_once(run: TinyRun) -> int:
@@ -112,6 +126,44 @@ def test_every_role_is_killed_and_the_run_goes_on(tmp_path: Path, tiny_model: Pa
                 run.wait_until(lambda: asyncio.run(resumed_elsewhere(run)) != [], "a resumption")
         assert run.wait(300) == 0, run.tail()
         check_finished(run, 12)
+
+
+@pytest.mark.parametrize("point", ["taken", "appended", "finished", "swapping"])
+def test_a_worker_dies_at_a_named_point_and_its_rollouts_are_finished(
+    tmp_path: Path, tiny_model: Path, point: str
+) -> None:
+    settings = tiny_settings(tmp_path, tiny_model, learner__steps=4)
+    once = tmp_path / "crashed"
+    with started(tmp_path, settings, RINGASYNC_CRASH_AT=f"{point}@{once}") as run:
+        assert run.wait(240) == 0, run.tail()
+        assert once.exists(), "the crash point was never reached"
+        check_finished(run, 4)
+
+
+def test_a_third_worker_joins_a_running_run(tmp_path: Path, tiny_model: Path) -> None:
+    settings = tiny_settings(tmp_path, tiny_model, learner__steps=400)
+    with started(tmp_path, settings) as run:
+        run.wait_until(partial(has_done, run, 1), "step 1")
+        command = ringasync("worker", run.config)
+        third = subprocess.Popen(command, env=run.env, stdin=subprocess.DEVNULL)
+        try:
+            run.wait_until(lambda: asyncio.run(finishing_workers(run)) >= 3, "a third worker")
+        finally:
+            third.terminate()
+        assert third.wait(30) == 0
+        os.kill(run.process.pid, signal.SIGINT)
+        assert run.wait(60) == 130, run.tail()
+
+
+async def finishing_workers(run: TinyRun) -> int:
+    """Living workers that have finished rollouts."""
+    url = (run.run_dir / "redis" / "redis.url").read_text().strip()
+    broker = await Broker.connect(url, run.run_dir.name)
+    try:
+        sessions = await broker.sessions()
+    finally:
+        await broker.close()
+    return sum(one["role"] == "worker" and int(one.get("finished", 0)) > 0 for one in sessions)
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,7 @@ class TinyRun:
     run_dir: Path
     process: subprocess.Popen[bytes]
     log: Path
+    env: dict[str, str]
 
     def summary(self) -> dict[str, Any]:
         """``summary.json`` of the finished run."""
@@ -187,7 +188,7 @@ def started(folder: Path, settings: dict[str, Any], **env: str) -> Iterator[Tiny
         )
     run_dir = Path(settings["run"]["dir"]) / settings["run"]["name"]
     try:
-        yield TinyRun(config, run_dir, process, log)
+        yield TinyRun(config, run_dir, process, log, environment)
     finally:
         _kill_tree(process.pid)
         process.wait()

@@ -350,7 +350,7 @@ async def test_refused_weights_stop_the_learner_until_lifted(
         await feeder.feed(14)
         assert await learner.wait() == 1
         assert "publication is blocked" in learner.log()
-    await feeder.broker.unblock_publication(feeder.coordinator)
+    await feeder.broker.set_paused(False)  # what `ringasync resume` does
     async with learner_of(feeder, any_redis) as learner:
         assert await learner.wait() == 0, learner.log()
     await check_ledger(feeder, 5 * 120)

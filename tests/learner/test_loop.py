@@ -11,7 +11,9 @@ import torch
 
 from learner.backends.base import ScoredSequence
 from learner.backends.torch_backend import TorchBackend, TorchSettings
-from ringasync.broker.types import VersionInfo
+from learner.loop import LearnerLoop
+from learner.state import LearnerState
+from ringasync.broker.types import NewGroup, VersionInfo
 from ringasync.weights.manifest import load_manifest
 
 from ..conftest import RedisServer
@@ -50,6 +52,22 @@ async def test_trains_to_the_end(feeder: Feeder, tmp_path: Path, any_redis: Redi
     assert all(row["budget_fill"] == 1.0 and row["role"] == "learner" for row in metrics)
     assert metrics[0]["staleness_tokens"] == {"0": 120}
     assert [session["role"] for session in await feeder.broker.sessions()] == ["worker"]
+
+
+async def test_a_replaced_rollout_does_not_close_its_prompt(feeder: Feeder) -> None:
+    """Only a whole group's end may move the data position: its prompt is never fed again."""
+    broker, coordinator = feeder.broker, feeder.coordinator
+    groups = [
+        NewGroup(f"p{i}", "train", "d", "p", (1,), {}, i, 2, 8, "bad" if i == 0 else "")
+        for i in range(3)
+    ]
+    await broker.feed(coordinator, "p", groups, "c")
+    await broker.purge(coordinator, "q", -1, "replace")  # every rollout is replaced
+    await broker.end_group(coordinator, "p2", "purged", "a test")
+    loop = object.__new__(LearnerLoop)  # this duty needs the broker and the state alone
+    loop._broker, loop.state = broker, LearnerState()
+    await loop._note_closed_groups()
+    assert [loop.state.position.is_closed(i) for i in range(3)] == [True, False, True]
 
 
 CRASHES = (

@@ -190,6 +190,15 @@ def test_a_step_trained_again_counts_once(tmp_path: Path) -> None:
     assert metrics.steps[1]["loss"] == 9.0
 
 
+def test_a_step_trained_again_keeps_the_time_of_the_first(tmp_path: Path) -> None:
+    steps = [{**_step(n), "id": f"{1000 * n}-0"} for n in (1, 2, 3)]
+    _write(tmp_path, [*steps, {**_step(2), "id": "9000-0", "loss": 9.0}])
+    metrics = read_run(tmp_path)
+    assert metrics.step_times_ms == [1000, 2000, 3000]
+    assert metrics.step_at(2500) == 2
+    assert metrics.steps[1]["loss"] == 9.0
+
+
 def test_a_run_killed_in_the_middle_has_a_report(tmp_path: Path) -> None:
     _write(
         tmp_path,

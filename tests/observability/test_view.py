@@ -16,7 +16,12 @@ from ringasync.broker.types import AuditReport, Backlog, NewGroup
 from ringasync.config.schema import Config, DataConfig, RunConfig, TaskConfig
 from ringasync.errors import BrokerUnreachableError
 from ringasync.observability.plain import duration, human, printable
-from ringasync.observability.record_views import render_audit, render_inspect, render_samples
+from ringasync.observability.record_views import (
+    render_audit,
+    render_failures,
+    render_inspect,
+    render_samples,
+)
 from ringasync.observability.snapshot import EvalMean, Snapshot, SnapshotReader
 from ringasync.observability.view import live_view, render
 from tests.conftest import RedisServer
@@ -121,11 +126,27 @@ def test_hostile_text_is_shown_literally() -> None:
         render_samples([sample]),
         render_inspect(HOSTILE, {"state": HOSTILE}, history, {"prompt": HOSTILE}),
         render_audit(report),
+        render_failures([{"end": HOSTILE, "group": HOSTILE, "reason": HOSTILE}]),
     ):
         shown = _shown(renderable, 300)
         assert "[red]x[/red]" in shown
         assert "\x1b" not in shown
         assert "\x07" not in shown
+
+
+def test_groups_that_went_wrong_are_counted_with_their_last_reasons() -> None:
+    bad: list[dict[str, Any]] = [
+        {"end": "quarantined", "group": f"g{i}", "lengths": [], "reason": f"row {i} is broken"}
+        for i in range(8)
+    ]
+    bad.append({"end": "grade_error", "group": "g9", "lengths": [700, 800], "reason": "no JSON"})
+    shown = _shown(render_failures(bad))
+    assert "8 groups ended quarantined (0 tokens)" in shown
+    assert "g7: row 7 is broken" in shown
+    assert "row 2 is broken" not in shown
+    assert "1 groups ended grade_error (1,500 tokens)" in shown
+    assert "g9: no JSON" in shown
+    assert "no group ended quarantined" in _shown(render_failures([]))
 
 
 def test_inspect_tells_who_when_which_version_and_why() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ringasync.errors import EngineError
 from ringasync.records.weights import ProbeSequence
 from ringasync.weights.canary import ProbeGate, compare_read_back, probe_gaps
 from ringasync.weights.manifest import VersionFields, build_manifest
-from workers.engines.base import SamplingParams, ScoreRequest
+from workers.engines.base import SamplingParams, ScoreRequest, TokenChunk
 from workers.engines.scripted import ScriptedEngine
 from workers.engines.transformers_engine import TransformersEngine
 
@@ -108,10 +109,77 @@ async def test_two_workers_that_refuse_a_version_stop_publication(make_world: Ma
     await until(lambda: pair[0].worker.session.poll.bad_versions == (2,), "version 2 to be bad")
     meta = await world.broker.run_meta()
     assert "version 2 failed on 2 workers" in meta["publication_blocked"]
-    # A third worker does not even try it, and waits for one that may be loaded.
+    # A third worker does not even try it, and takes the newest that may be loaded.
     third = await world.start("c")
-    await until(lambda: "waiting for a policy version" in str(third.worker.status()["doing"]), "c")
-    assert third.engines == []
+    await until(lambda: third.worker.weights.loaded is not None, "a version")
+    assert third.worker.weights.loaded_number == 1
+    assert third.worker.weights.refused == {}
+
+
+async def test_a_late_worker_goes_down_to_the_newest_version_that_it_can_load(
+    make_world: MakeWorld,
+) -> None:
+    world = await make_world()
+    await world.publish(2)  # and 3 is never announced
+    await world.publish(4)
+    (folder,) = (world.config.run_dir / "weights").glob("v000004-*/")
+    folder.rename(folder.with_name("gone"))
+    await world.publish(5, probe_error=3.0)
+    await world.feed("g1", size=1)
+    running = await world.start("w1")
+    await world.wait_state("finished", "g1.0")
+    assert set((await world.record("g1.0")).policy_versions.tolist()) == {2}
+    assert list(running.worker.weights.refused) == [5]
+    await world.publish(6)
+    await until(lambda: running.worker.weights.loaded_number == 6, "version 6")
+
+
+async def test_with_no_version_that_can_be_loaded_a_late_worker_waits(
+    make_world: MakeWorld,
+) -> None:
+    world = await make_world()
+    await world.publish(3, probe_error=3.0)
+    running = await world.start("w1")
+    await until(lambda: 3 in running.worker.weights.refused, "version 3 to be refused")
+    await until(lambda: "waiting for a policy version" in str(running.worker.status()["doing"]), "")
+    await world.publish(4)
+    await until(lambda: running.worker.weights.loaded_number == 4, "version 4")
+
+
+class DyingCanaryEngine(ScriptedEngine):
+    """Dies while its first version is on trial, and the pump is the first to see it."""
+
+    def __init__(self, sampling: SamplingParams, *, step_interval_s: float | None) -> None:
+        super().__init__(sampling, step_interval_s=step_interval_s)
+        self.seen_dead = asyncio.Event()
+
+    async def outputs(self) -> list[TokenChunk]:
+        try:
+            return await super().outputs()
+        except EngineError:
+            self.seen_dead.set()
+            raise
+
+    async def read_back(self) -> dict[str, str]:
+        self.kill("in the canary")
+        await self.seen_dead.wait()
+        return await super().read_back()
+
+
+async def test_an_engine_that_dies_in_the_first_canary_does_not_end_the_worker(
+    make_world: MakeWorld,
+) -> None:
+    world = await make_world()
+    await world.publish(1)
+    await world.feed("g1", size=1)
+    kinds: Iterator[type[Any]] = iter((DyingCanaryEngine, ScriptedEngine))
+    running = await world.start("w1", lambda s: next(kinds)(s, step_interval_s=0.001))
+    await until(lambda: 1 in running.worker.weights.refused, "version 1 to be refused")
+    await world.publish(2)
+    await world.wait_state("finished", "g1.0")
+    assert set((await world.record("g1.0")).policy_versions.tolist()) == {2}
+    assert len(running.engines) == 2
+    assert not running.task.done()
 
 
 async def test_tokens_on_trial_are_held_until_the_canary_passed(make_world: MakeWorld) -> None:

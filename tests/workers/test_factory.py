@@ -65,7 +65,6 @@ def test_a_folder_without_a_readable_config_is_an_engine_error(
 @pytest.mark.parametrize(
     ("worker", "named"),
     [
-        ({"engine": "vllm"}, "vllm"),
         ({"engine_options": {"page_size": 3}}, "page_size"),
         ({"engine_options": {"gather_ms": "soon"}}, "gather_ms"),
     ],

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from ringasync.broker.embedded import EmbeddedRedis
+from ringasync.broker.types import Lease
 from ringasync.errors import EngineError
 from workers.engines.base import SamplingParams
 from workers.engines.scripted import ScriptedEngine
@@ -229,6 +230,47 @@ async def test_redis_that_lost_its_tail_makes_the_worker_resync(make_world: Make
     await world.wait_state("finished", "g1.0")
     assert await world.length("g1.0") == 60
     await world.assert_true_logprobs("g1.0", {1: folder})
+    await world.assert_balanced()
+
+
+async def test_a_rollout_given_up_and_taken_again_in_one_tick_begins_clean(
+    make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The flusher gives it up while a take is under way, and that take brings it back."""
+    world = await make_world(flush_tokens=4)
+    folder = await world.publish(1)
+    await world.feed("g1", size=1, max_new_tokens=60)
+    running = await world.start("w1", manual)
+    await until(lambda: running.engines and running.engine.active == 1, "the rollout")
+    running.engine.step(8)
+    await until(lambda: _length_is(world, "g1.0", 8), "the first append")
+    take, keys = running.broker.take, world.broker.keys
+
+    async def take_late(*arguments: Any) -> list[Lease]:
+        if await world.length("g1.0") == 8:
+            await world.broker.client.delete(keys.segments("g1.0"))
+            fields = {"length": 0, "tokens": 0, "progress": 0}
+            await world.broker.client.hset(keys.rollout("g1.0"), mapping=fields)
+            await world.broker.client.hincrby(keys.prefix + "ledger", "open", -8)
+            await world.broker.client.hincrby(keys.prefix + "ledger", "lost", 8)
+            await world.broker.client.hincrby(keys.prefix + "pool", "tokens:train:open", -8)
+            running.engine.step(4)
+            await until(lambda: "g1.0" not in running.worker.store, "the flusher to give it up")
+            await until(lambda: _resynced(world), "the rollout to be parked")
+        leases = await take(*arguments)
+        if leases:
+            running.engine.step(3)  # the old request has not been stopped yet
+        return leases
+
+    monkeypatch.setattr(running.broker, "take", take_late)
+    await until(lambda: _resynced(world), "the loss")
+    await until(lambda: "g1.0" in running.worker.store, "it to be taken again")
+    await until(lambda: running.engine.active == 1, "the new request")
+    running.engine.step(60)
+    await world.wait_state("finished", "g1.0")
+    assert await world.length("g1.0") == 60
+    await world.assert_true_logprobs("g1.0", {1: folder})
+    assert len(running.engines) == 1
     await world.assert_balanced()
 
 

@@ -28,11 +28,6 @@ class EngineFactory:
         Call it before the session is opened: a heartbeat does not wait that long. Raises
         ``ConfigError`` for an engine or option that this build does not have.
         """
-        worker = self.config.worker
-        if worker.engine != "transformers":
-            raise ConfigError(
-                f"worker.engine = {worker.engine!r} is not in this build: use 'transformers'"
-            )
         self._options()
 
     def __call__(self, weights_dir: Path) -> Engine:

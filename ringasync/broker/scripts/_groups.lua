@@ -23,8 +23,9 @@ local function note_end(bad, reason)
   end
 end
 
--- One entry of the outcomes stream. `rows` are rollouts as read_rollout gives them.
-local function emit(gid, group, ending, rows, reason, t)
+-- One entry of the outcomes stream. `rows` are rollouts as read_rollout gives them. `rollout` names
+-- the only one that ended while its group goes on.
+local function emit(gid, group, ending, rows, reason, t, rollout)
   local rewards, lengths, low, high, retention = {}, {}, 0, 0, 0
   for _, r in ipairs(rows) do
     if r.reward ~= '' then rewards[#rewards + 1] = r.reward end
@@ -37,7 +38,8 @@ local function emit(gid, group, ending, rows, reason, t)
   call('XADD', P .. 'outcomes', '*', 'group', gid, 'kind', group.kind, 'domain', group.domain,
     'end', ending, 'rewards', table.concat(rewards, ','), 'lengths', table.concat(lengths, ','),
     'versions', high > 0 and (low .. '-' .. high) or '', 'retention', retention,
-    'reason', reason, 'at_ms', str(t))
+    'reason', reason, 'at_ms', str(t), 'rollout', rollout or '')
+  if rollout then return end
   note_end(ending == 'quarantined' or ending == 'grade_error', reason)
 end
 

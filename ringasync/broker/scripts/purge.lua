@@ -18,8 +18,10 @@ local function replace(g, r)
   end
   kept[#kept + 1] = index
   call('HSET', key, 'members', table.concat(kept, ','))
-  history(r.id, t, 'purged', { why = 'retention ' .. r.retention .. ', replaced by ' .. fresh })
+  local why = 'retention ' .. r.retention .. ', replaced by ' .. fresh
+  history(r.id, t, 'purged', { why = why })
   retire(r, 'purged')
+  emit(g.id, g, 'purged', { r }, why, t, r.id)
   new_rollout(fresh, g.id, 'train')
 end
 for _, gid in ipairs(call('SMEMBERS', P .. 'live')) do
