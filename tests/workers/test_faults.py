@@ -249,7 +249,7 @@ async def test_a_rollout_given_up_and_taken_again_in_one_tick_begins_clean(
     async def take_late(*arguments: Any) -> list[Lease]:
         if await world.length("g1.0") == 8:
             await world.broker.client.delete(keys.segments("g1.0"))
-            fields = {"length": 0, "tokens": 0, "progress": 0}
+            fields: dict[Any, Any] = {"length": 0, "tokens": 0, "progress": 0}
             await world.broker.client.hset(keys.rollout("g1.0"), mapping=fields)
             await world.broker.client.hincrby(keys.prefix + "ledger", "open", -8)
             await world.broker.client.hincrby(keys.prefix + "ledger", "lost", 8)
