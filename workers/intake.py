@@ -12,7 +12,8 @@ from ringasync.records.segment import decode_segment
 from ringasync.records.states import FinishReason
 from workers.buffers import LocalRollout, local_rollout
 
-_EMPTY_TAKE_PAUSE_S = (0.05, 1.0)
+_EMPTY_TAKE_PAUSE_S = (0.05, 0.2)
+"""First and longest. Short rollouts take about a second: a longer pause would idle the engine."""
 
 
 class TakePause:

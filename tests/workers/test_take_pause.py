@@ -46,10 +46,10 @@ def pauses(pause: TakePause, clock: Clock, count: int) -> list[float]:
     return found
 
 
-def test_it_doubles_up_to_a_second() -> None:
+def test_it_doubles_up_to_its_limit() -> None:
     clock = Clock()
     found = pauses(TakePause(clock), clock, 7)
-    assert found == pytest.approx([0.05, 0.1, 0.2, 0.4, 0.8, 1.0, 1.0], abs=0.011)
+    assert found == pytest.approx([0.05, 0.1, 0.2, 0.2, 0.2, 0.2, 0.2], abs=0.011)
 
 
 def test_leases_begin_it_anew() -> None:
