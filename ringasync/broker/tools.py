@@ -49,8 +49,15 @@ class ToolsMixin(BrokerCore):
         return {**_accounts(found), "accepted": found.get("accepted", 0)}
 
     async def rollout(self, rollout_id: str) -> dict[str, str] | None:
-        """A rollout's fields; None when unknown (or gone for an hour)."""
-        return await self._hash(self.keys.rollout(rollout_id)) or None
+        """A rollout's fields, and ``progress``: tokens since its last lease.
+
+        None when unknown (or gone for an hour).
+        """
+        fields = await self._hash(self.keys.rollout(rollout_id))
+        if not fields:
+            return None
+        tokens, leased = (int(fields.get(name) or 0) for name in ("tokens", "leased_tokens"))
+        return {**fields, "progress": str(tokens - leased)}
 
     async def history(self, rollout_id: str) -> list[dict[str, Any]]:
         """A rollout's transitions, oldest first: ``t_ms event worker version tokens why ...``."""

@@ -74,6 +74,77 @@ async def test_environment_tokens_count_in_length_and_not_in_the_ledger(kit: Kit
     assert await kit.check() == {"finished": 4}
 
 
+async def test_policy_and_other_tokens_are_counted_apart_in_plain_numbers(kit: Kit) -> None:
+    await kit.feed("g1", size=1)
+    await kit.session("w1")
+    (lease,) = await kit.broker.take("w1", 1, 1)
+    key = kit.broker.keys.rollout("g1.0")
+    stored = []
+    for start, length, tokens in ((0, 3, 3), (3, 6, 0), (9, 4, 3), (13, 2, 2)):
+        segment = AppendItem(lease.rollout_id, lease.token, start, length, tokens, 1, b"x")
+        assert await kit.broker.append_many("w1", [segment]) == ["ok"]
+        stored.append(await kit.broker.client.hmget(key, "length", "tokens"))
+    assert stored == [[b"3", b"3"], [b"9", b"3"], [b"13", b"6"], [b"15", b"8"]]
+    assert await kit.finish(lease, 15) == "ok"
+    assert await kit.check() == {"finished": 8}
+
+
+async def test_a_segment_without_tokens_is_never_stored(kit: Kit) -> None:
+    await kit.feed("g1", size=1)
+    await kit.session("w1")
+    (lease,) = await kit.broker.take("w1", 1, 1)
+    assert await kit.append(lease, 0, 3) == "ok"
+    for start, length in ((3, 0), (3, -1), (4, -2)):
+        empty = AppendItem(lease.rollout_id, lease.token, start, length, 0, 0, b"x")
+        assert await kit.broker.append_many("w1", [empty]) == ["duplicate"]
+    assert await kit.broker.client.llen(kit.broker.keys.segments("g1.0")) == 1
+    await kit.check()
+
+
+async def test_a_call_answers_for_each_rollout_in_its_place(kit: Kit) -> None:
+    await kit.feed("g1", size=4)
+    await kit.session("w1")
+    leases = await kit.broker.take("w1", 4, 2)
+    assert await kit.park(leases[1]) == "ok"
+    items = [item(lease, 0, n, 2) for n, lease in enumerate(leases, 1)]
+    items += [item(leases[0], 1, 5, 2), item(leases[2], 9, 1, 2), item(leases[3], 4, 2, 1)]
+    statuses = await kit.broker.append_many("w1", items)
+    assert statuses == ["ok", "fenced", "ok", "ok", "ok", "gap", "gap"]
+    fields = [await kit.broker.rollout(lease.rollout_id) or {} for lease in leases]
+    assert [entry["length"] for entry in fields] == ["6", "0", "3", "4"]
+    assert [entry["versions"] for entry in fields] == ["2-2", "", "2-2", "2-2"]
+    counted = await kit.broker.client.hget(kit.broker.keys.round, "generated")
+    assert counted == b"13"
+    assert await kit.check() == {"open": 13}
+
+
+async def test_progress_is_what_came_under_the_present_lease(kit: Kit) -> None:
+    await kit.feed("g1", size=1)
+    await kit.session("w1")
+    seen = []
+    for start, length in ((0, 5), (5, 2)):
+        (lease,) = await kit.broker.take("w1", 1, 1)
+        before = await kit.broker.rollout("g1.0") or {}
+        assert await kit.append(lease, start, length) == "ok"
+        after = await kit.broker.rollout("g1.0") or {}
+        seen.append((before["progress"], after["progress"], after["tokens"]))
+        assert await kit.park(lease) == "ok"
+    assert seen == [("0", "5", "5"), ("0", "2", "7")]
+    history = await kit.broker.history("g1.0")
+    assert [entry["tokens"] for entry in history if entry["event"] == "parked"] == [5, 2]
+
+
+async def test_what_appends_touch_stands_first_in_a_small_hash(kit: Kit) -> None:
+    await kit.feed("g1", size=1)
+    await kit.session("w1")
+    (lease,) = await kit.broker.take("w1", 1, 1)
+    assert await kit.append(lease, 0, 3) == "ok"
+    key = kit.broker.keys.rollout("g1.0")
+    assert await kit.broker.client.object("ENCODING", key) in (b"ziplist", b"listpack")
+    hot = [b"state", b"lease", b"length", b"tokens", b"versions", b"kind"]
+    assert (await kit.broker.client.hkeys(key))[: len(hot)] == hot
+
+
 async def test_a_falling_version_is_refused(kit: Kit) -> None:
     await kit.feed("g1", size=1)
     await kit.session("w1")

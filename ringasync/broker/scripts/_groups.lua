@@ -120,12 +120,13 @@ local function end_group(group, state, reason, t)
   emit(gid, group, state, rows, reason, t)
 end
 
--- A new rollout of a group, with its ticket.
+-- A new rollout of a group, with its ticket. Small hashes are searched from the front: what every
+-- append reads and writes stands first, and keeps its place.
 local function new_rollout(rid, gid, kind)
   local ticket = enqueue(kind == 'eval' and 'tickets:eval' or 'tickets', rid)
-  call('HSET', P .. 'rollout:' .. rid, 'group', gid, 'state', 'queued', 'kind', kind, 'tokens', 0,
-    'length', 0, 'versions', '', 'retention', 0, 'attempts', 0, 'epoch', 0, 'progress', 0,
-    'ticket', ticket)
+  call('HSET', P .. 'rollout:' .. rid, 'state', 'queued', 'lease', '', 'length', 0, 'tokens', 0,
+    'versions', '', 'kind', kind, 'group', gid, 'retention', 0, 'attempts', 0, 'epoch', 0,
+    'leased_tokens', 0, 'ticket', ticket)
   count_rollout(kind, nil, 'queued')
 end
 

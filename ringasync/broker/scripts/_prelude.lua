@@ -117,12 +117,12 @@ local function history(rid, t, event, fields)
 end
 
 local FIELDS = {
-  'state', 'group', 'kind', 'tokens', 'length', 'versions', 'lease', 'worker', 'epoch', 'progress',
-  'retention', 'attempts', 'ticket', 'reward', 'last_lease', 'last_move', 'grade_attempts',
-  'finish',
+  'state', 'group', 'kind', 'tokens', 'length', 'versions', 'lease', 'worker', 'epoch',
+  'leased_tokens', 'retention', 'attempts', 'ticket', 'reward', 'last_lease', 'last_move',
+  'grade_attempts', 'finish',
 }
 local NUMERIC = {
-  tokens = true, length = true, epoch = true, progress = true, retention = true,
+  tokens = true, length = true, epoch = true, leased_tokens = true, retention = true,
   attempts = true, grade_attempts = true,
 }
 local function read_rollout(rid)
@@ -132,6 +132,7 @@ local function read_rollout(rid)
   for i, name in ipairs(FIELDS) do
     if NUMERIC[name] then r[name] = int(values[i]) else r[name] = values[i] or '' end
   end
+  r.progress = r.tokens - r.leased_tokens -- under the present lease
   return r
 end
 

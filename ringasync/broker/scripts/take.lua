@@ -31,7 +31,7 @@ local function lease(rid, r)
   local key = P .. 'rollout:' .. rid
   local token = (m[1] or '1') .. '.' .. (r.epoch + 1) .. '.' .. nonce
   call('HSET', key, 'state', 'leased', 'lease', token, 'worker', sid, 'epoch', r.epoch + 1,
-    'progress', 0, 'leased_ms', str(t))
+    'leased_tokens', str(r.tokens), 'leased_ms', str(t))
   call('HDEL', key, 'ticket')
   call('SADD', P .. 'leases:' .. sid, rid)
   count_rollout(r.kind, r.state, 'leased')
