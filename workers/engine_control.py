@@ -108,6 +108,10 @@ class EngineControl:
                 await engine.abort(request_ids)
                 self._hand_on(engine.drain())
 
+    async def prepare(self, weights_dir: Path) -> None:
+        """Have the engine read weights it is to load soon; other calls go on meanwhile."""
+        await self._alive().prepare(weights_dir)
+
     async def load(self, weights_dir: Path, policy_version: int) -> None:
         """Swap weights; the caller holds the engine."""
         async with self._lock:

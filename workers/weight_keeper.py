@@ -131,6 +131,7 @@ class WeightKeeper:
         Then the version is on trial: tokens that it samples wait in the store for the canary.
         """
         try:
+            await self._control.prepare(version.folder)
             await self._control.hold("weights")
             before_load()
             self._store.held_version = version.number

@@ -15,6 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 RUN_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 """No braces, colons or slashes: the name is a Redis hash tag and a folder name."""
 
+DEVICE_PATTERN = r"^(auto|cpu|cuda(:[0-9]{1,2})?)$"
+"""``auto``: the first CUDA device where there is one, else the CPU."""
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
@@ -45,6 +48,9 @@ class ModelConfig(_Section):
     path: str = "starter"
     max_model_len_tokens: int = Field(160, ge=8)
     dtype: Literal["float32", "bfloat16"] = "float32"
+    head_dtype: Literal["model", "float32"] = "model"
+    """``float32``: the LM head multiplies and gives its logits in float32 while the body stays in
+    ``dtype``, in the learner and in the inference engine: a mismatch reducer, see docs/moe.md."""
 
 
 class StarterConfig(_Section):
@@ -52,8 +58,19 @@ class StarterConfig(_Section):
 
     It learns two styles of correct solutions: step by step, and the answer straight off, which a
     model of this size seldom gets right. Their mix sets its first reward, whatever the seed.
+
+    ``architecture = "qwen3_moe"`` puts ``num_experts`` experts of ``moe_intermediate_size`` into
+    every layer in place of the dense feed-forward network of ``intermediate_size``.
     """
 
+    architecture: Literal["qwen3", "qwen3_moe"] = "qwen3"
+    num_experts: int = Field(8, ge=2)
+    experts_per_token: int = Field(2, ge=1)
+    moe_intermediate_size: int = Field(128, ge=32, multiple_of=32)
+    router_aux_loss: float = Field(0.01, ge=0)
+    """Weight of the load-balancing loss: without it a fresh router soon uses a few experts only."""
+    tie_word_embeddings: bool = True
+    """Tied: the LM head is the embedding matrix; a third fewer parameters at the demo's size."""
     hidden_size: int = Field(192, ge=32, multiple_of=32)
     num_layers: int = Field(2, ge=1)
     head_dim: int = Field(32, ge=32)
@@ -75,6 +92,19 @@ class StarterConfig(_Section):
     early_part: float = Field(0.6, ge=0, le=1)
     """Part of the steps with ``short_share_early``: the steps are learnt first."""
     threads: int = Field(2, ge=1)
+    data_workers: int = Field(0, ge=0, le=64)
+    """Processes that write the examples ahead of a fast device; 0: between the steps."""
+    device: str = Field("auto", pattern=DEVICE_PATTERN)
+    """On CUDA forward passes run under bf16 autocast; the master stays float32."""
+
+    @model_validator(mode="after")
+    def _enough_experts(self) -> Self:
+        if self.architecture == "qwen3_moe" and self.experts_per_token > self.num_experts:
+            raise ValueError(
+                f"experts_per_token ({self.experts_per_token}) must not be above num_experts "
+                f"({self.num_experts})"
+            )
+        return self
 
 
 class TaskConfig(_Section):
@@ -131,7 +161,7 @@ class WorkerConfig(_Section):
 
     count: int = Field(2, ge=0)
     """Workers that ``ringasync up`` starts; more may join at any time."""
-    engine: Literal["transformers"] = "transformers"
+    engine: Literal["transformers", "vllm"] = "transformers"
     max_concurrent: int = Field(64, ge=1)
     """Rollouts that one worker generates at once."""
     flush_tokens: int = Field(64, ge=1)
@@ -211,6 +241,9 @@ class LearnerConfig(_Section):
     """The learner: optimizer, length of the run, durability."""
 
     backend: Literal["torch"] = "torch"
+    device: str = Field("auto", pattern=DEVICE_PATTERN)
+    """Where the train engine runs; ``cuda:1`` leaves ``cuda:0`` to a worker of the same host.
+    ``CUDA_VISIBLE_DEVICES`` of the process does it too: devices are counted among the visible."""
     steps: int = Field(200, ge=1)
     lr: float = Field(1e-3, ge=0)
     warmup_steps: int = Field(5, ge=0)
@@ -220,6 +253,9 @@ class LearnerConfig(_Section):
     updates_per_batch: int = Field(1, ge=1)
     """Optimizer steps a batch; above 1 the proximal pass is run."""
     microbatch_tokens: int = Field(16384, ge=1)
+    freeze_router: Literal["none", "bias", "all"] = "none"
+    """MoE: what of the routers gets no updates. ``bias``: the selection bias, as Ring-1T does;
+    ``all``: the whole router. Frozen parts are saved and published all the same."""
     threads: int = Field(1, ge=1)
     checkpoint_every_steps: int = Field(20, ge=1)
     checkpoint_keep: int = Field(2, ge=1)

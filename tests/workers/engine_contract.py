@@ -24,8 +24,6 @@ from workers.engines.base import Engine, SamplingParams, ScoreRequest
 
 from .engine_kit import NEVER_SAMPLED, TIMEOUT_S, Collector, EngineKit, prompts, request
 
-MAX_GAP_NATS = 1e-4
-
 
 class EngineContract:
     """The suite; subclass it and give the fixture ``kit``."""
@@ -50,7 +48,7 @@ class EngineContract:
         for i, prompt in enumerate(given):
             got = collector[f"r{i}"]
             expected = kit.reference(kit.weights(0), prompt, got.tokens, temperature)
-            assert np.abs(np.asarray(got.logprobs) - expected).max() < MAX_GAP_NATS
+            assert np.abs(np.asarray(got.logprobs) - expected).max() < kit.max_gap_nats
             assert len(got.tokens) == 24
 
     async def test_in_flight_swap_keeps_logprobs_true_and_labels_exact(
@@ -74,7 +72,7 @@ class EngineContract:
             old = kit.reference(kit.weights(0), prompt, got.tokens[:cut], 1.0)
             new = kit.reference(kit.weights(1), [*prompt, *got.tokens[:cut]], got.tokens[cut:], 1.0)
             expected = np.concatenate([old, new])
-            assert np.abs(np.asarray(got.logprobs) - expected).max() < MAX_GAP_NATS
+            assert np.abs(np.asarray(got.logprobs) - expected).max() < kit.max_gap_nats
 
     async def test_no_token_is_lost_or_doubled_over_many_swaps(
         self, kit: EngineKit, engine: Engine
@@ -103,7 +101,7 @@ class EngineContract:
                     weights, [*prompt, *got.tokens[:start]], got.tokens[start:end], 1.0
                 )
                 gap = np.abs(np.asarray(got.logprobs[start:end]) - expected).max()
-                assert gap < MAX_GAP_NATS
+                assert gap < kit.max_gap_nats
 
     async def test_tokens_nobody_has_read_survive_a_swap(
         self, kit: EngineKit, engine: Engine
@@ -142,7 +140,7 @@ class EngineContract:
         await engine.resume()
         await collector.until_finished("r")
         expected = kit.reference(kit.weights(0), prompt, collector["r"].tokens, 1.0)
-        assert np.abs(np.asarray(collector["r"].logprobs) - expected).max() < MAX_GAP_NATS
+        assert np.abs(np.asarray(collector["r"].logprobs) - expected).max() < kit.max_gap_nats
 
     async def test_abort_keeps_what_was_delivered_and_delivers_no_more(
         self, kit: EngineKit, engine: Engine
@@ -173,7 +171,7 @@ class EngineContract:
         assert len(tokens) == len(done) + 5
         expected = kit.reference(kit.weights(0), [*prompt, *done], tokens[len(done) :], 1.0)
         got = np.asarray(collector["r"].logprobs[len(done) :])
-        assert np.abs(got - expected).max() < MAX_GAP_NATS
+        assert np.abs(got - expected).max() < kit.max_gap_nats
 
     async def test_requests_made_while_paused_run_after_resume_under_the_new_version(
         self, kit: EngineKit, engine: Engine
@@ -189,7 +187,7 @@ class EngineContract:
         await collector.until_finished("r")
         assert collector["r"].versions == [4] * 8
         expected = kit.reference(kit.weights(1), prompt, collector["r"].tokens, 1.0)
-        assert np.abs(np.asarray(collector["r"].logprobs) - expected).max() < MAX_GAP_NATS
+        assert np.abs(np.asarray(collector["r"].logprobs) - expected).max() < kit.max_gap_nats
 
     async def test_eos_ends_with_stop_and_is_the_last_token(self, kit: EngineKit) -> None:
         eos = tuple(range(0, kit.vocab_size, 4))
@@ -223,7 +221,7 @@ class EngineContract:
         assert {collector[name].finish for name in ("one", "six")} == {"length"}
         tokens = collector["six"].tokens
         expected = kit.reference(kit.weights(0), [*prompt, *prefix], tokens, 1.0)
-        assert np.abs(np.asarray(collector["six"].logprobs) - expected).max() < MAX_GAP_NATS
+        assert np.abs(np.asarray(collector["six"].logprobs) - expected).max() < kit.max_gap_nats
 
     async def test_more_requests_than_run_at_once_all_finish(
         self, kit: EngineKit, engine: Engine
@@ -254,7 +252,7 @@ class EngineContract:
             assert old.dtype == np.float32
             for weights, got in ((0, old), (1, new)):
                 expected = kit.reference(kit.weights(weights), ask.prompt_ids, ask.token_ids, 1.0)
-                assert np.abs(got - expected).max() < MAX_GAP_NATS
+                assert np.abs(got - expected).max() < kit.max_gap_nats
 
     async def test_read_back_equals_the_file(self, kit: EngineKit, engine: Engine) -> None:
         assert await engine.read_back() == _file_digests(kit.weights(0))

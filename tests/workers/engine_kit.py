@@ -41,6 +41,8 @@ class EngineKit:
     reference: Reference
     kill: Callable[[Any], None]
     vocab_size: int
+    max_gap_nats: float = 1e-4
+    """Largest log-prob gap to the reference; half precision needs more than float32."""
 
 
 @dataclass

@@ -67,7 +67,10 @@ class ScoreRequest:
 
 
 class Engine(Protocol):
-    """An inference engine. Calls may come from one asyncio task at a time, except ``outputs``."""
+    """An inference engine.
+
+    Calls may come from one asyncio task at a time, except ``outputs`` and ``prepare``.
+    """
 
     async def start(self, weights_dir: Path, policy_version: int) -> None:
         """Load config and weights from an HF-format folder and begin to serve."""
@@ -103,6 +106,12 @@ class Engine(Protocol):
 
     async def pause(self) -> None:
         """Stop stepping. When this returns, every token sampled so far is in the output queue."""
+        ...
+
+    async def prepare(self, weights_dir: Path) -> None:
+        """Read the files of the next weights while generation goes on, so that ``load_weights``
+        is short. Optional: ``load_weights`` does it where it was not done. May run beside other
+        calls. Raises ``EngineError`` when the folder cannot be loaded; the engine serves on."""
         ...
 
     async def load_weights(self, weights_dir: Path, policy_version: int) -> None:

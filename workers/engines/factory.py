@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from ringasync.config.schema import Config
 from ringasync.errors import ConfigError, EngineError
 from workers.engines.base import Engine, SamplingParams
+from workers.engines.vllm.options import VllmOptions
 from workers.intake import ModelLimits
 
 
@@ -26,19 +27,28 @@ class EngineFactory:
         """Check the settings and load the engine's libraries, which takes seconds.
 
         Call it before the session is opened: a heartbeat does not wait that long. Raises
-        ``ConfigError`` for an engine or option that this build does not have.
+        ``ConfigError`` for an option that the engine does not have, ``EnvironmentRefusedError``
+        when its libraries are missing or too old.
         """
+        if self.config.worker.engine == "vllm":
+            from workers.engines.vllm import setup
+
+            setup.prepare()
         self._options()
 
     def __call__(self, weights_dir: Path) -> Engine:
         """An engine that is not started yet. Raises ``EngineError`` when the folder is no model."""
+        eos = read_limits(weights_dir, self.config).eos_token_ids
+        sampling = SamplingParams(self.config.sampling.temperature, eos)
+        make = {"transformers": self._transformers, "vllm": self._vllm}[self.config.worker.engine]
+        return make(sampling)
+
+    def _transformers(self, sampling: SamplingParams) -> Engine:
         from workers.engines.transformers_engine import TransformersEngine
 
         config, worker = self.config, self.config.worker
         return TransformersEngine(
-            SamplingParams(
-                config.sampling.temperature, read_limits(weights_dir, config).eos_token_ids
-            ),
+            sampling,
             max_concurrent=worker.max_concurrent,
             max_model_len_tokens=config.model.max_model_len_tokens,
             seed=self.seed,
@@ -47,11 +57,29 @@ class EngineFactory:
             options=self._options(),
         )
 
-    def _options(self) -> Any:
-        from workers.engines.transformers_engine import TransformersOptions
+    def _vllm(self, sampling: SamplingParams) -> Engine:
+        from workers.engines.vllm.engine import VllmEngine
 
+        config, worker = self.config, self.config.worker
+        return VllmEngine(
+            sampling,
+            max_concurrent=worker.max_concurrent,
+            max_model_len_tokens=config.model.max_model_len_tokens,
+            seed=self.seed,
+            dtype=config.model.dtype,
+            fp32_head=config.model.head_dtype == "float32",
+            keep_kv=worker.kv == "keep",
+            options=self._options(),
+        )
+
+    def _options(self) -> Any:
+        kind: Any = VllmOptions
+        if self.config.worker.engine == "transformers":
+            from workers.engines.transformers_engine import TransformersOptions
+
+            kind = TransformersOptions
         try:
-            return TypeAdapter(TransformersOptions).validate_python(
+            return TypeAdapter(kind).validate_python(
                 self.config.worker.engine_options, extra="forbid"
             )
         except ValidationError as error:

@@ -174,6 +174,10 @@ class ScriptedEngine:
         self._require()
         self._paused = True
 
+    async def prepare(self, weights_dir: Path) -> None:
+        """See ``Engine.prepare``."""
+        self._require()
+
     async def load_weights(self, weights_dir: Path, policy_version: int) -> None:
         """See ``Engine.load_weights``."""
         self._require()

@@ -1,0 +1,92 @@
+"""What vLLM is asked for: engine arguments, sampling of rollouts, scoring of probes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from workers.engines.base import GenerationRequest
+from workers.engines.vllm import compat, plugin
+from workers.engines.vllm.options import VllmOptions
+
+PROBE_PLACES = 16
+"""Places in the batch beyond ``max_concurrent``, so that a probe need not wait for a rollout."""
+
+_EXTENSION = "workers.engines.vllm.extension.RingExtension"
+_CPU_KV_BYTES = 256 << 20
+
+
+def engine_arguments(
+    weights_dir: Path,
+    options: VllmOptions,
+    *,
+    max_model_len_tokens: int,
+    max_concurrent: int,
+    dtype: str,
+    seed: int,
+    fp32_head: bool,
+) -> dict[str, Any]:
+    """Arguments of ``AsyncEngineArgs``; the user's own ``engine_args`` come last."""
+    arguments: dict[str, Any] = {
+        "model": str(weights_dir),
+        "skip_tokenizer_init": True,
+        "dtype": dtype,
+        "seed": seed,
+        "max_model_len": max_model_len_tokens,
+        "max_num_seqs": max_concurrent + PROBE_PLACES,
+        "tensor_parallel_size": options.tensor_parallel_size,
+        "gpu_memory_utilization": options.gpu_memory_utilization,
+        "enforce_eager": options.enforce_eager,
+        "enable_prefix_caching": options.prefix_caching,
+        "logprobs_mode": "processed_logprobs",
+        "scheduling_policy": "priority",  # probes before rollouts
+        "disable_log_stats": True,
+        "generation_config": "vllm",  # the folder's own would set top-k and the like
+        "worker_extension_cls": _EXTENSION,
+        "weight_transfer_config": compat.weight_transfer_config(plugin.TRANSFER_BACKEND),
+    }
+    if options.max_batched_tokens:
+        arguments["max_num_batched_tokens"] = options.max_batched_tokens
+    if options.kv_cache_bytes:
+        arguments["kv_cache_memory_bytes"] = options.kv_cache_bytes
+    if compat.is_cpu():
+        # There the share of memory is only a check at the start.
+        arguments |= {"gpu_memory_utilization": 0.05, "enforce_eager": True}
+        arguments.setdefault("kv_cache_memory_bytes", _CPU_KV_BYTES)
+    if fp32_head:
+        arguments["hf_overrides"] = {"head_dtype": "float32"}
+    return arguments | options.engine_args
+
+
+def sampling_params(
+    request: GenerationRequest, temperature: float, stop_ids: Sequence[int], seed: int | None
+) -> Any:
+    """A rollout's ``SamplingParams``; ``seed`` (the worker's) only where requests are seeded."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    if seed is not None:
+        # A resumed rollout must not draw again what it drew before, so its place counts too.
+        seed = (request.seed * 1_000_003 + len(request.prefix_ids) + seed) & 0x7FFFFFFF
+    return SamplingParams(
+        temperature=temperature,
+        top_p=1.0,
+        top_k=0,
+        max_tokens=request.max_new_tokens,
+        logprobs=0,
+        stop_token_ids=list(stop_ids),
+        ignore_eos=True,  # stop_token_ids says it all; the folder's own EOS is among them
+        detokenize=False,
+        seed=seed,
+        output_kind=RequestOutputKind.DELTA,
+    )
+
+
+def scoring_params() -> Any:
+    """Prompt log-probs: those of the plain distribution at T = 1, past the prefix cache."""
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False, ignore_eos=True
+    )

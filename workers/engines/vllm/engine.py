@@ -1,0 +1,357 @@
+"""Engine over vLLM's AsyncLLM: the front end in this process, EngineCore in a child.
+
+Generation is AsyncLLM's, but tokens are taken by ``TokenSink`` in one go for each step. A swap has
+two parts: while generation goes on, the workers read the next weights (``_stage``); then, paused,
+they only copy them into the live model. ``pause`` keeps requests and KV; ``load_weights`` drops the
+KV, so that requests in flight are computed anew under the new weights, unless ``keep_kv``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+import time
+from collections.abc import Awaitable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from ringasync.errors import EngineError
+from ringasync.observability.log import get_logger
+from workers.engines.base import (
+    GenerationRequest,
+    SamplingParams,
+    ScoreRequest,
+    TokenChunk,
+)
+from workers.engines.vllm import arguments, compat, plugin
+from workers.engines.vllm.options import VllmOptions
+from workers.engines.vllm.token_sink import TokenSink
+
+_ALIVE_CHECK_S = 1.0
+_STAGE_POLL_S = 0.02
+T = TypeVar("T")
+
+log = get_logger()
+
+
+class VllmEngine:
+    """Implements ``workers.engines.base.Engine``. One engine a process at a time is meant."""
+
+    def __init__(
+        self,
+        sampling: SamplingParams,
+        *,
+        max_concurrent: int,
+        max_model_len_tokens: int,
+        seed: int,
+        dtype: str = "float32",
+        fp32_head: bool = False,
+        keep_kv: bool = False,
+        options: VllmOptions | None = None,
+    ) -> None:
+        self._sampling = sampling
+        self._max_concurrent = max_concurrent
+        self._max_model_len_tokens = max_model_len_tokens
+        self._seed = seed
+        self._dtype = dtype
+        self._fp32_head = fp32_head
+        self._keep_kv = keep_kv
+        self._options = options or VllmOptions()
+        self._engine: Any = None
+        self._sink: TokenSink | None = None
+        self._stop_ids: list[int] = []
+        self._paused = False
+        self._scores = itertools.count()
+        self.last_swap_s: dict[str, float] = {}
+        """Seconds of the parts of the last swap: ``stage``, ``load``, ``kv``."""
+
+    async def start(self, weights_dir: Path, policy_version: int) -> None:
+        """See ``Engine.start``. Raises ``EngineError`` when vLLM cannot serve the folder."""
+        if self._engine is not None:
+            raise EngineError("the engine is running already")
+        sink = TokenSink(policy_version)
+        build = asyncio.to_thread(self._build, weights_dir, sink)
+        try:
+            async with asyncio.timeout(self._options.start_timeout_s):
+                self._engine = await build
+        except TimeoutError:
+            raise EngineError(
+                f"vLLM did not start within {self._options.start_timeout_s} s"
+            ) from None
+        self._sink = sink
+        vocabulary = self._engine.model_config.get_vocab_size()
+        self._stop_ids = [token for token in self._sampling.eos_token_ids if token < vocabulary]
+        # Built outside the loop, it did not begin to listen; a dead EngineCore must be heard.
+        self._engine._run_output_handler()
+        try:
+            await compat.label_weights(self._engine, policy_version)
+            await self._stage(weights_dir)
+        except EngineError:
+            await self.stop()
+            raise
+
+    async def stop(self) -> None:
+        """See ``Engine.stop``."""
+        engine, self._engine = self._engine, None
+        if self._sink is not None:
+            self._sink.fail("the engine is not running")
+        if engine is not None:
+            await asyncio.to_thread(compat.close, engine)
+
+    async def generate(self, requests: Sequence[GenerationRequest]) -> None:
+        """See ``Engine.generate``. Raises ``ValueError`` for a request that could never run."""
+        sink, engine = self._require()
+        for request in requests:
+            self._check(request, sink)
+        for request in requests:
+            await self._answer(
+                engine.add_request(
+                    request.request_id,
+                    {"prompt_token_ids": [*request.prompt_ids, *request.prefix_ids]},
+                    arguments.sampling_params(
+                        request,
+                        self._sampling.temperature,
+                        self._stop_ids,
+                        self._seed if self._options.seeded_requests else None,
+                    ),
+                )
+            )
+
+    def _check(self, request: GenerationRequest, sink: TokenSink) -> None:
+        context = len(request.prompt_ids) + len(request.prefix_ids)
+        if not context or request.max_new_tokens < 1:
+            raise ValueError(f"request {request.request_id} has no context or nothing to sample")
+        if context + request.max_new_tokens > self._max_model_len_tokens:
+            raise ValueError(
+                f"{request.request_id} needs {context + request.max_new_tokens} tokens, "
+                f"the window is {self._max_model_len_tokens}"
+            )
+        if sink.is_running(request.request_id):
+            raise ValueError(f"request {request.request_id} is running already")
+
+    async def outputs(self) -> list[TokenChunk]:
+        """See ``Engine.outputs``."""
+        sink, _ = self._require()
+        while True:
+            chunks = self.drain()
+            if chunks:
+                return chunks
+            if sink.error is not None:
+                raise EngineError(sink.error)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_ALIVE_CHECK_S):
+                    await sink.filled.wait()
+                # Handing out each step's tokens by themselves would cost the interpreter more.
+                async with asyncio.timeout(self._options.gather_ms / 1000):
+                    await sink.urgent.wait()
+            if self._engine is None or self._engine.errored:
+                sink.fail("vLLM's EngineCore is dead; its own log says why")
+
+    def drain(self) -> list[TokenChunk]:
+        """See ``Engine.drain``."""
+        return self._sink.drain() if self._sink is not None else []
+
+    async def abort(self, request_ids: Sequence[str]) -> None:
+        """See ``Engine.abort``. What the step now running samples for them is dropped."""
+        _, engine = self._require()
+        if request_ids:
+            await self._answer(engine.abort(list(request_ids)))
+
+    async def pause(self) -> None:
+        """See ``Engine.pause``: requests and KV stay. Waits for at most the step under way."""
+        sink, engine = self._require()
+        if not self._paused:
+            # Not pause_generation: it sleeps 20 ms in the hope that all outputs have come.
+            await self._answer(
+                engine.engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
+            )
+            await self._answer(self._all_taken(sink, engine))
+            self._paused = True
+
+    async def load_weights(self, weights_dir: Path, policy_version: int) -> None:
+        """See ``Engine.load_weights``. Reads the files first, if ``prepare`` was not called."""
+        sink, engine = self._require()
+        if not self._paused:
+            raise EngineError("load_weights needs a paused engine")
+        await self.prepare(weights_dir)
+        began_s = time.perf_counter()
+        update = {"weights_dir": str(weights_dir), "load": self._options.load}
+        try:
+            await self._answer(engine.start_weight_update())
+            await self._answer(engine.update_weights(compat.update_request(update)))
+            await self._answer(compat.finish_weight_update(engine, policy_version))
+        except EngineError as error:
+            # Part of the model may be on the meta device now: nobody must step it.
+            sink.fail(f"a swap broke in the middle: {error}")
+            raise
+        loaded_s = time.perf_counter()
+        if not self._keep_kv:
+            await self._answer(engine.reset_prefix_cache(reset_running_requests=True))
+        sink.relabel(policy_version)
+        self.last_swap_s["load"] = loaded_s - began_s
+        self.last_swap_s["kv"] = time.perf_counter() - loaded_s
+
+    async def resume(self) -> None:
+        """See ``Engine.resume``."""
+        _, engine = self._require()
+        if self._paused:
+            await self._answer(engine.resume_generation())
+            self._paused = False
+
+    async def prepare(self, weights_dir: Path) -> None:
+        """See ``Engine.prepare``: the workers read and check the files beside generation."""
+        self._require()
+        began_s = time.perf_counter()
+        await self._stage(weights_dir)
+        self.last_swap_s["stage"] = time.perf_counter() - began_s
+
+    async def score(self, requests: Sequence[ScoreRequest]) -> list[npt.NDArray[np.float32]]:
+        """See ``Engine.score``. vLLM scores between the steps of generation, so an engine that is
+        paused steps until it is done: what is sampled meanwhile is of the live weights."""
+        sink, engine = self._require()
+        if not requests:
+            return []
+        was_paused = self._paused
+        if was_paused:
+            await self.resume()
+        try:
+            loop = asyncio.get_running_loop()
+            names = [f"score-{next(self._scores)}" for _ in requests]
+            waiting = []
+            for name, request in zip(names, requests, strict=True):
+                waiting.append(sink.want_score(name, len(request.prompt_ids) - 1, loop))
+                await self._answer(
+                    engine.add_request(
+                        name,
+                        {"prompt_token_ids": [*request.prompt_ids, *request.token_ids]},
+                        arguments.scoring_params(),
+                        priority=-1,
+                    )
+                )
+            return list(await self._answer(_all_scores(waiting)))
+        finally:
+            if was_paused and sink.error is None and self._engine is not None:
+                await self.pause()
+
+    async def read_back(self) -> dict[str, str]:
+        """See ``Engine.read_back``. Every rank compares its live parameters with the slices of the
+        loaded folder that it should hold; the digest of a tensor that is equal on all of them is
+        the file's, of any other it says which rank differs and how."""
+        _, engine = self._require()
+        await self._restage(engine)
+        ranks = await self._answer(engine.collective_rpc("ring_read_back"))
+        merged: dict[str, str] = {}
+        for rank, digests in enumerate(ranks):
+            for name, digest in digests.items():
+                if rank == 0 or digest != merged[name]:
+                    merged[name] = digest if rank == 0 else f"rank {rank}: {digest}"
+        return merged
+
+    @property
+    def prompt_tokens(self) -> tuple[int, int]:
+        """Prompt tokens that went through the engine and, of them, those the prefix cache had."""
+        sink = self._sink
+        return (sink.prompt_tokens, sink.cached_prompt_tokens) if sink is not None else (0, 0)
+
+    # Staging.
+
+    async def _stage(self, weights_dir: Path) -> None:
+        _, engine = self._require()
+        await self._answer(
+            engine.collective_rpc("ring_stage", args=(str(weights_dir), self._options.staging))
+        )
+        await self._staged(engine)
+
+    async def _restage(self, engine: Any) -> None:
+        """The tensors to compare with may have been let go."""
+        await self._answer(engine.collective_rpc("ring_restage"))
+        await self._staged(engine)
+
+    async def _staged(self, engine: Any) -> None:
+        deadline_s = time.monotonic() + self._options.stage_timeout_s
+        while True:
+            states = await self._answer(engine.collective_rpc("ring_stage_state"))
+            failed = [state for state in states if state.startswith("failed")]
+            if failed:
+                raise EngineError(failed[0].removeprefix("failed: "))
+            if all(state == "ready" for state in states):
+                return
+            if time.monotonic() > deadline_s:
+                raise EngineError(f"weights were not read in {self._options.stage_timeout_s} s")
+            await asyncio.sleep(_STAGE_POLL_S)
+
+    # What follows runs in another thread.
+
+    def _build(self, weights_dir: Path, sink: TokenSink) -> Any:
+        os.environ[plugin.OWNER_VARIABLE] = str(os.getpid())
+        plugin.register()
+        from vllm.engine.arg_utils import AsyncEngineArgs
+
+        from workers.engines.vllm.async_llm import make_async_llm
+
+        try:
+            wanted = compat.known_engine_args(self._arguments(weights_dir))
+            return make_async_llm(AsyncEngineArgs(**wanted), sink)
+        except Exception as error:  # vLLM raises nearly anything on a folder it cannot load
+            raise EngineError(f"vLLM cannot serve {weights_dir}: {error}") from error
+
+    def _arguments(self, weights_dir: Path) -> dict[str, Any]:
+        return arguments.engine_arguments(
+            weights_dir,
+            self._options,
+            max_model_len_tokens=self._max_model_len_tokens,
+            max_concurrent=self._max_concurrent,
+            dtype=self._dtype,
+            seed=self._seed,
+            fp32_head=self._fp32_head,
+        )
+
+    # Helpers.
+
+    async def _all_taken(self, sink: TokenSink, engine: Any) -> None:
+        """Wait until the sink has met everything that EngineCore has sent so far."""
+        from vllm.v1.engine import EngineCoreOutputs
+
+        marker, reached = sink.barrier()
+        engine.engine_core.outputs_queue.put_nowait(EngineCoreOutputs(scheduler_stats=marker))
+        await reached.wait()
+
+    async def _answer(self, call: Awaitable[T]) -> T:
+        """A call's result; ``EngineError`` when vLLM fails, is dead, or does not answer."""
+        try:
+            async with asyncio.timeout(self._options.swap_timeout_s):
+                return await call
+        except EngineError:
+            raise
+        except TimeoutError:
+            raise EngineError(
+                f"vLLM did not answer within {self._options.swap_timeout_s} s"
+            ) from None
+        except asyncio.CancelledError:
+            if self._sink is not None and self._sink.error is not None:
+                raise EngineError(self._sink.error) from None
+            raise
+        except Exception as error:
+            dead = self._engine is None or self._engine.errored
+            why = "vLLM's EngineCore is dead" if dead else "vLLM refused"
+            if dead and self._sink is not None:
+                self._sink.fail(why)
+            raise EngineError(f"{why}: {error}") from error
+
+    def _require(self) -> tuple[TokenSink, Any]:
+        if self._engine is None or self._sink is None:
+            raise EngineError("the engine is not running")
+        if self._sink.error is not None:
+            raise EngineError(self._sink.error)
+        return self._sink, self._engine
+
+
+async def _all_scores(
+    waiting: Sequence[asyncio.Future[npt.NDArray[np.float32]]],
+) -> list[npt.NDArray[np.float32]]:
+    return [await one for one in waiting]

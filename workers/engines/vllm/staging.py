@@ -1,0 +1,133 @@
+"""Reads a folder of safetensors in a thread, beside generation, in a process of vLLM's.
+
+One folder is staged at a time. Everything that can be wrong with the files shows here, before the
+live model is touched. The digests are of the very bytes that will be loaded.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+
+_DEVICE_SHARE = 0.25
+"""``auto`` stages on the device when the weights take at most this share of its free memory."""
+
+
+@dataclass(slots=True)
+class Staged:
+    """A folder's tensors (on the device or in main memory) and the digests of their bytes."""
+
+    folder: Path
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
+
+
+class Stager:
+    """``state`` is ``empty``, ``reading``, ``ready`` or ``failed: why``."""
+
+    def __init__(self) -> None:
+        self.state = "empty"
+        self.staged: Staged | None = None
+        self._shapes: dict[str, torch.Size] | None = None
+        """Of the first folder: every later one must have the same tensors."""
+        self._wanted: tuple[Path, str, torch.device] | None = None
+
+    def begin(self, folder: Path, where: str, device: torch.device) -> None:
+        """Read ``folder`` in a thread, unless it is staged already."""
+        if self.state == "ready" and self.staged is not None and self.staged.folder == folder:
+            return
+        self._wanted = (folder, where, device)
+        self.staged, self.state = None, "reading"
+        threading.Thread(target=self._read, args=self._wanted, name="stage", daemon=True).start()
+
+    def again(self) -> None:
+        """Read what was staged last once more, if it was let go."""
+        if self.state == "empty" and self._wanted is not None:
+            self.begin(*self._wanted)
+
+    def let_go(self) -> None:
+        """Free the tensors; ``again`` brings them back."""
+        if self.state == "ready":
+            self.staged, self.state = None, "empty"
+
+    def _read(self, folder: Path, where: str, device: torch.device) -> None:
+        try:
+            staged = self._load(folder, _place(folder, where, device))
+        except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+            self.state = f"failed: {folder} cannot be loaded: {error}"
+            return
+        self.staged, self.state = staged, "ready"
+
+    def _load(self, folder: Path, device: torch.device) -> Staged:
+        staged = Staged(folder)
+        stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        for path in _files(folder):
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (not a dict)
+                    tensor = file.get_tensor(name)
+                    staged.digests[name] = digest(tensor)
+                    staged.tensors[name] = _moved(tensor, device, stream)
+        if stream is not None:
+            stream.synchronize()
+        self._check(staged)
+        return staged
+
+    def _check(self, staged: Staged) -> None:
+        shapes = {name: tensor.shape for name, tensor in staged.tensors.items()}
+        if self._shapes is None:
+            self._shapes = shapes
+        missing = sorted(set(self._shapes) - set(shapes))
+        unknown = sorted(set(shapes) - set(self._shapes))
+        if missing or unknown:
+            raise ValueError(
+                f"it lacks tensors of the model: {missing[:3]}"
+                if missing
+                else f"it holds tensors the model does not have: {unknown[:3]}"
+            )
+        for name, shape in shapes.items():
+            if shape != self._shapes[name]:
+                raise ValueError(
+                    f"{name} has shape {tuple(shape)}, the model's is {tuple(self._shapes[name])}"
+                )
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """xxh3_128 hex of a tensor's contiguous little-endian bytes."""
+    flat = tensor.contiguous().reshape(-1)
+    return xxhash.xxh3_128_hexdigest(flat.view(torch.uint8).numpy().data)
+
+
+def _files(folder: Path) -> list[Path]:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError("it holds no .safetensors file")
+    return files
+
+
+def _place(folder: Path, where: str, device: torch.device) -> torch.device:
+    cpu = torch.device("cpu")
+    if device.type != "cuda" or where == "host":
+        return cpu
+    if where == "auto":
+        size = sum(path.stat().st_size for path in _files(folder))
+        free, _ = torch.cuda.mem_get_info(device)
+        return device if size <= _DEVICE_SHARE * free else cpu
+    return device
+
+
+def _moved(
+    tensor: torch.Tensor, device: torch.device, stream: torch.cuda.Stream | None
+) -> torch.Tensor:
+    if stream is None:
+        return tensor
+    with torch.cuda.stream(stream):
+        return tensor.pin_memory().to(device, non_blocking=True)
+
+
+STAGER = Stager()
+"""The process's own: vLLM makes the transfer engine and the extension without us."""
