@@ -50,6 +50,7 @@ def make_backend(config: Config, model: str) -> Backend:
             temperature=config.sampling.temperature,
             dtype=_DTYPES[config.model.dtype],
             seed=config.run.seed,
+            head_dtype=config.model.head_dtype,
         ),
     )
 

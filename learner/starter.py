@@ -43,11 +43,14 @@ def cache_dir() -> Path:
 
 
 def starter_key(config: Config) -> str:
-    """Digest of all that shapes the model: recipe, seed, tasks, template, held-out set."""
+    """Digest of all that shapes the model: recipe, seed, tasks, template, held-out set.
+
+    The device is left out: its arithmetic differs, the recipe does not.
+    """
     parts = {
         "recipe": RECIPE_VERSION,
         "seed": config.run.seed,
-        "starter": config.starter.model_dump(mode="json", exclude={"threads"}),
+        "starter": config.starter.model_dump(mode="json", exclude={"threads", "device"}),
         "data": config.data.model_dump(mode="json"),
         "held_out": [config.eval.seed, config.eval.prompts],
         "window": config.model.max_model_len_tokens,
@@ -61,7 +64,7 @@ def ensure_starter(config: Config, report: Report = lambda _step, _loss: None) -
     Raises:
         ConfigError: the tasks give no solutions to learn from.
     """
-    folder = cache_dir() / f"qwen3-{starter_key(config)}"
+    folder = cache_dir() / f"{config.starter.architecture}-{starter_key(config)}"
     if (folder / "config.json").exists():
         return folder
     from learner.starter_training import train_starter

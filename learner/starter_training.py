@@ -2,73 +2,30 @@
 
 from __future__ import annotations
 
-import string
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from learner.backends.experts import use_autocast_experts
+from learner.devices import resolve_device
 from learner.starter import Report
+from learner.starter_model import build_model, build_optimizers, learning_rates
+from learner.starter_tokenizer import ASSISTANT, END, PAD, SPECIAL, USER, build_tokenizer
 from ringasync.config.schema import Config, StarterConfig
 from ringasync.errors import BadPromptError, ConfigError
 from ringasync.tasks.base import generator
 from ringasync.tasks.mixture import Mixture, build_mixture
 
-PAD, USER, ASSISTANT, END, UNKNOWN = "<pad>", "<user>", "<assistant>", "<end>", "<unk>"
-SPECIAL = (PAD, USER, ASSISTANT, END, UNKNOWN)
-ALPHABET = tuple(sorted(string.ascii_letters + string.digits + string.punctuation + " \n"))
-
 _IGNORED = -100
 _MAX_MISSES = 12
 """Solutions that fit no row before a step's rows count as full."""
 _MIN_LR_FACTOR = 0.02
-
-
-def build_tokenizer() -> Any:
-    """One token a character, plus the marks of a chat; a ``PreTrainedTokenizerFast``."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {token: number for number, token in enumerate((*SPECIAL, *ALPHABET))}
-    raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=UNKNOWN))
-    raw.decoder = decoders.Fuse()
-    raw.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=raw,
-        pad_token=PAD,
-        eos_token=END,
-        unk_token=UNKNOWN,
-        additional_special_tokens=[USER, ASSISTANT],
-        chat_template=(
-            "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}"
-            "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-        ),
-    )
-
-
-def build_model(settings: StarterConfig, vocab_size: int, window_tokens: int) -> Any:
-    """A fresh fp32 Qwen3. Embeddings are tied: a third fewer parameters at this size."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    return Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=vocab_size,
-            hidden_size=settings.hidden_size,
-            intermediate_size=settings.intermediate_size,
-            num_hidden_layers=settings.num_layers,
-            num_attention_heads=settings.num_heads,
-            num_key_value_heads=settings.num_kv_heads,
-            head_dim=settings.head_dim,
-            max_position_embeddings=window_tokens,
-            tie_word_embeddings=True,
-            pad_token_id=SPECIAL.index(PAD),
-            eos_token_id=SPECIAL.index(END),
-            bos_token_id=None,
-        )
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +89,9 @@ class Packer:
 class Examples:
     """Endless solutions in two styles, none of them of a held-out prompt."""
 
-    def __init__(self, config: Config, tokenizer: Any) -> None:
+    def __init__(self, config: Config, tokenizer: Any, first: int = 0, stride: int = 1) -> None:
+        """Only problems ``first``, ``first + stride``, ...: one share of several processes."""
+        self._first, self._stride = first, stride
         self._template = config.data.template
         self._tokenizer = tokenizer
         self._seed = config.run.seed
@@ -143,10 +102,10 @@ class Examples:
         self._held_out = frozenset(_prompts(held_out, config.eval.prompts))
 
     def __iter__(self) -> Iterator[Example]:
-        index = skipped = 0
+        index, skipped = self._first, 0
         while True:
             example = self._example(index)
-            index += 1
+            index += self._stride
             if example is not None:
                 skipped = 0
                 yield example
@@ -195,31 +154,71 @@ def _prompts(mixture: Mixture, count: int) -> Iterator[str]:
             return
 
 
+class Batches(IterableDataset[tuple[Tensor, Tensor, Tensor]]):
+    """What ``Packer`` gives for each step in turn: ids, positions and labels, int64 [R, T] each.
+
+    Of W data processes, number w makes the steps w, w + W, ... from every W-th problem, so what a
+    step learns from does not depend on which process is faster.
+    """
+
+    def __init__(self, config: Config, tokenizer: Any) -> None:
+        super().__init__()
+        self._config, self._tokenizer = config, tokenizer
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        share = get_worker_info()
+        first, stride = (0, 1) if share is None else (share.id, share.num_workers)
+        settings = self._config.starter
+        examples = Examples(self._config, self._tokenizer, first, stride)
+        packer = Packer(iter(examples), settings.rows, settings.row_tokens)
+        for step in range(first, settings.steps, stride):
+            if step >= settings.early_part * settings.steps:
+                examples.short_share = settings.short_share
+            yield packer.next()
+
+
+def _loader(config: Config, tokenizer: Any) -> DataLoader[tuple[Tensor, Tensor, Tensor]]:
+    """``Batches``, made ahead by ``starter.data_workers`` processes or else when asked for."""
+    workers = config.starter.data_workers
+    return DataLoader(
+        Batches(config, tokenizer),
+        batch_size=None,
+        num_workers=workers,
+        # A process forked while torch has threads may hang; spawned ones begin clean.
+        multiprocessing_context="spawn" if workers else None,
+        prefetch_factor=4 if workers else None,
+        generator=torch.Generator(),  # its base seed must not come out of the model's stream
+    )
+
+
 def train_starter(config: Config, folder: Path, report: Report) -> None:
-    """Fine-tune a fresh model and save it with its tokenizer into ``folder`` (HF format)."""
+    """Fine-tune a fresh model and save it with its tokenizer into ``folder`` (HF format).
+
+    On CUDA the forward passes run under bf16 autocast; weights and optimizers stay float32.
+    """
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # ours is on the terminal
     settings = config.starter
+    device = resolve_device(settings.device, "starter.device")
     torch.set_num_threads(settings.threads)
     torch.manual_seed(config.run.seed)
     tokenizer = build_tokenizer()
-    model = build_model(settings, len(tokenizer), config.model.max_model_len_tokens)
-    examples = Examples(config, tokenizer)
-    packer = Packer(iter(examples), settings.rows, settings.row_tokens)
-    optimizers = _optimizers(model, settings)
-    base = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+    model = build_model(settings, len(tokenizer), config.model.max_model_len_tokens).to(device)
+    use_autocast_experts(model)
+    optimizers = build_optimizers(model, settings)
+    base = learning_rates(optimizers)
     model.train()
-    for step in range(settings.steps):
-        if step >= settings.early_part * settings.steps:
-            examples.short_share = settings.short_share
+    for step, batch in enumerate(_loader(config, tokenizer)):
         factor = _lr_factor(step, settings)
         for optimizer, rates in zip(optimizers, base, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
-        loss = _loss(model, *packer.next())
+        ids, positions, labels = (each.to(device, non_blocking=True) for each in batch)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss, balance = _loss(model, ids, positions, labels)
         model.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        (loss if balance is None else loss + balance).backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -230,24 +229,27 @@ def train_starter(config: Config, folder: Path, report: Report) -> None:
 
 
 def _loss(
-    model: Any, ids: torch.Tensor, positions: torch.Tensor, labels: torch.Tensor
-) -> torch.Tensor:
-    """Mean cross-entropy of the response tokens; logits are made for these only."""
-    hidden = model.model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+    model: Any, ids: Tensor, positions: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Mean cross-entropy of the response tokens, for which alone logits are made; and for MoE the
+    load-balancing loss, weighted, over all tokens but padding."""
+    routed = getattr(model.config, "router_aux_loss_coef", 0.0)
+    extra = {"output_router_logits": True} if routed else {}
+    output = model.model(input_ids=ids, position_ids=positions, use_cache=False, **extra)
     wanted = labels != _IGNORED
-    return functional.cross_entropy(model.lm_head(hidden[wanted]), labels[wanted])
+    hidden = output.last_hidden_state[wanted]
+    loss = functional.cross_entropy(model.lm_head(hidden), labels[wanted])
+    if not routed:
+        return loss, None
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
-
-def _optimizers(model: Any, settings: StarterConfig) -> list[torch.optim.Optimizer]:
-    matrices: list[torch.nn.Parameter] = []
-    others: list[torch.nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        is_matrix = parameter.ndim == 2 and "embed" not in name and "lm_head" not in name
-        (matrices if is_matrix else others).append(parameter)
-    return [
-        torch.optim.Muon(matrices, lr=settings.muon_lr, momentum=0.95, weight_decay=0.0),
-        torch.optim.AdamW(others, lr=settings.adam_lr, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
+    balance = load_balancing_loss_func(
+        tuple(each.float() for each in output.router_logits),
+        model.num_experts,
+        model.num_experts_per_tok,
+        (ids != SPECIAL.index(PAD)).long(),
+    )
+    return loss, routed * balance
 
 
 def _lr_factor(step: int, settings: StarterConfig) -> float:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,23 +18,18 @@ from learner.algorithms.mismatch import MismatchWeights, log_mismatch_ratio, mak
 from learner.algorithms.policy_loss import policy_loss
 from learner.backends.base import ScoredSequence, StepResult
 from learner.backends.collate import MicroBatch, collate, pad_rows, plan_microbatches
+from learner.backends.experts import use_autocast_experts
+from learner.backends.export import export_hf
+from learner.backends.heads import use_float32_head
+from learner.backends.routers import freeze_routers
 from learner.backends.torch_state import export_state, import_state
 from learner.batch import TrainBatch
+from learner.devices import resolve_device
 from ringasync.config.schema import LearnerConfig, LossConfig
 from ringasync.errors import NonFiniteLogprobError, TrainingError
 
 _ENTROPY_MAX_VOCAB = 8192
 """Above this vocabulary the entropy would cost another array of the logits' size."""
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "added_tokens.json",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +38,7 @@ class TorchSettings:
 
     ``temperature`` is the sampling temperature, applied to the logits of every training log-prob.
     ``dtype`` is the dtype of forward passes and of published weights; the master stays fp32.
+    ``head_dtype`` may set the LM head apart: ``float32`` above a body in ``dtype``.
     """
 
     learner: LearnerConfig
@@ -51,6 +46,7 @@ class TorchSettings:
     temperature: float = 1.0
     dtype: torch.dtype = torch.float32
     seed: int = 0
+    head_dtype: Literal["model", "float32"] = "model"
 
 
 def warmup_lr(peak: float, warmup_steps: int, updates_done: int) -> float:
@@ -67,11 +63,14 @@ class TorchBackend:
         """Take a loaded ``model``; ``source`` is the folder its tokenizer files are copied from."""
         self._settings = settings
         self._source = source
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = resolve_device(settings.learner.device)
         self._model = model.to(device=self._device, dtype=torch.float32)
         self._model.eval()  # dropout would falsify log-probs; gradients flow all the same
-        named = [(n, p) for n, p in self._model.named_parameters() if p.requires_grad]
-        self._params = [parameter for _, parameter in named]
+        use_autocast_experts(self._model)
+        if settings.head_dtype == "float32" and settings.dtype != torch.float32:
+            use_float32_head(self._model, settings.dtype)
+        freeze_routers(self._model, settings.learner.freeze_router)
+        self._params = [each for each in self._model.parameters() if each.requires_grad]
         groups: list[dict[str, Any]] = [
             {"params": [p for p in self._params if p.ndim >= 2]},
             {"params": [p for p in self._params if p.ndim < 2], "weight_decay": 0.0},
@@ -259,9 +258,10 @@ class TorchBackend:
         generator = torch.Generator(device="cpu").manual_seed(seed)
         vocab = int(self._model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
         ids = torch.randint(0, vocab, (num_sequences, 1), generator=generator)
-        rows = torch.arange(num_sequences)
+        rows = torch.arange(num_sequences, device=self._device)
         for length in range(1, num_tokens + 1):
-            logits = self._logits(ids.to(self._device), rows, torch.full_like(rows, length - 1))
+            columns = torch.full_like(rows, length - 1)
+            logits = self._logits(ids.to(self._device), rows, columns)
             chosen = torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator)
             ids = torch.cat([ids, chosen], dim=1)
         return [ScoredSequence((int(row[0]),), tuple(row[1:].tolist())) for row in ids]
@@ -276,16 +276,7 @@ class TorchBackend:
 
     def save_hf(self, directory: Path) -> None:
         """See ``Backend.save_hf``; tokenizer files are copied from the starting model's folder."""
-        weights = {
-            name: tensor.detach().to(dtype=self._settings.dtype, device="cpu").contiguous()
-            for name, tensor in self._model.state_dict().items()
-        }
-        self._model.save_pretrained(directory, state_dict=weights)  # type: ignore[operator]
-        source = Path(self._source)
-        if self._source and source.is_dir():
-            for name in _TOKENIZER_FILES:
-                if (source / name).is_file():
-                    shutil.copyfile(source / name, directory / name)
+        export_hf(self._model, directory, dtype=self._settings.dtype, source=self._source)
 
 
 def _gather_logprobs(logits: Tensor, targets: Tensor) -> Tensor:

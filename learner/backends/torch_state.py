@@ -25,8 +25,9 @@ def export_state(
             state[f"optim.{name}.{key}"] = torch.as_tensor(value).detach()
     state["train.updates"] = torch.tensor(updates, dtype=torch.int64)
     state["rng.torch"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        state["rng.cuda"] = torch.cuda.get_rng_state()
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        state["rng.cuda"] = torch.cuda.get_rng_state(device)
     return state
 
 
@@ -44,8 +45,9 @@ def import_state(
     _import_moments(model, optimizer, state)
     if "rng.torch" in state:
         torch.set_rng_state(state["rng.torch"])
-    if "rng.cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["rng.cuda"])
+    device = next(model.parameters()).device
+    if "rng.cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["rng.cuda"], device)
     return int(state["train.updates"])
 
 

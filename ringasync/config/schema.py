@@ -241,9 +241,6 @@ class LearnerConfig(_Section):
     """The learner: optimizer, length of the run, durability."""
 
     backend: Literal["torch"] = "torch"
-    device: str = Field("auto", pattern=DEVICE_PATTERN)
-    """Where the train engine runs; ``cuda:1`` leaves ``cuda:0`` to a worker of the same host.
-    ``CUDA_VISIBLE_DEVICES`` of the process does it too: devices are counted among the visible."""
     steps: int = Field(200, ge=1)
     lr: float = Field(1e-3, ge=0)
     warmup_steps: int = Field(5, ge=0)
@@ -256,6 +253,9 @@ class LearnerConfig(_Section):
     freeze_router: Literal["none", "bias", "all"] = "none"
     """MoE: what of the routers gets no updates. ``bias``: the selection bias, as Ring-1T does;
     ``all``: the whole router. Frozen parts are saved and published all the same."""
+    device: str = Field("auto", pattern=DEVICE_PATTERN)
+    """Where the train engine runs; ``cuda:1`` leaves ``cuda:0`` to a worker of the same host.
+    ``CUDA_VISIBLE_DEVICES`` of the process does it too: devices are counted among the visible."""
     threads: int = Field(1, ge=1)
     checkpoint_every_steps: int = Field(20, ge=1)
     checkpoint_keep: int = Field(2, ge=1)

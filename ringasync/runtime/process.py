@@ -31,8 +31,15 @@ class RoleSpec:
 
 
 def thread_environment(threads: int) -> dict[str, str]:
-    """Environment that holds numpy and torch to ``threads`` threads."""
-    return {name: str(threads) for name in THREAD_VARIABLES} | {"TOKENIZERS_PARALLELISM": "false"}
+    """Environment that holds numpy and torch to ``threads`` threads.
+
+    Threads of a pool wait asleep: roles share the cores with each other and with whatever else runs
+    there, and threads that spin for one that has no core slow all of it down severalfold.
+    """
+    return {name: str(threads) for name in THREAD_VARIABLES} | {
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
+    }
 
 
 class RoleProcess:

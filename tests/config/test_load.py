@@ -123,7 +123,7 @@ def test_override_that_cannot_be_applied(tmp_path: Path, override: str, said: st
         ("[learner]\nsteps = true", "learner.steps = true: must be a whole number"),
         ("[learner]\nsteps = '5'", 'learner.steps = "5": must be a whole number'),
         ("[worker]\ncount = -1", "worker.count = -1: must be a whole number, at least 0"),
-        ("[worker]\nengine = 'vllm'", "must be one of 'transformers'"),
+        ("[worker]\nengine = 'sglang'", "must be one of 'transformers', 'vllm'"),
         ("[starter]\nhidden_size = 33", "at least 32, a multiple of 32"),
         ("[run]\nname = 'a{b}'", "run.name = "),
         ("[weights]\ncanary = 1", "weights.canary = 1: must be true or false"),

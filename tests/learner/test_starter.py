@@ -17,13 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from learner import starter, starter_training
 from learner.starter import cache_dir, ensure_starter, main, starter_key
-from learner.starter_training import (
-    Example,
-    Examples,
-    Packer,
-    build_model,
-    build_tokenizer,
-)
+from learner.starter_model import build_model
+from learner.starter_tokenizer import SPECIAL, build_tokenizer
+from learner.starter_training import Example, Examples, Packer
 from ringasync.config.schema import Config, DataConfig, StarterConfig, TaskConfig
 from ringasync.errors import ConfigError
 from ringasync.tasks.mixture import build_mixture
@@ -70,7 +66,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 def test_text_survives_the_tokenizer_one_token_a_character(text: str) -> None:
     tokenizer = TOKENIZER
     ids = tokenizer(text)["input_ids"]
-    if not any(mark in text for mark in starter_training.SPECIAL):
+    if not any(mark in text for mark in SPECIAL):
         assert len(ids) == len(text)
         assert tokenizer.decode(ids, skip_special_tokens=True) == text
 

@@ -1,0 +1,33 @@
+"""Which device a train engine runs on."""
+
+from __future__ import annotations
+
+import torch
+
+from ringasync.errors import ConfigError
+
+
+def resolve_device(name: str, setting: str = "learner.device") -> torch.device:
+    """The device that ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` means here.
+
+    A CUDA device is made the calling thread's current one, because kernels that take no device
+    (Triton's, the random generator's) follow that. Devices are counted among those that
+    ``CUDA_VISIBLE_DEVICES`` leaves.
+
+    Raises:
+        ConfigError: a device that this machine does not have.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type != "cuda":
+        return device
+    present = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if (device.index or 0) >= present:
+        raise ConfigError(
+            f"{setting} = {name!r}, but {present} CUDA devices are visible: set 'auto' or 'cpu', "
+            "or look at CUDA_VISIBLE_DEVICES and the installed torch build"
+        )
+    index = torch.cuda.current_device() if device.index is None else device.index
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)

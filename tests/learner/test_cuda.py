@@ -1,0 +1,104 @@
+"""The train engine and the starter on a CUDA device; skipped where there is none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from learner.backends.torch_backend import TorchBackend, TorchSettings
+from learner.starter import ensure_starter
+from ringasync.config.schema import Config, LearnerConfig, LossConfig, StarterConfig
+
+from .backend_contract import BackendContract, learner_config, scored, snapshot
+from .kit import toy_batch
+from .moe_kit import tiny_moe
+from .test_starter_model import config_of
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+def backend_on(device: str, **changes: object) -> TorchBackend:
+    settings = TorchSettings(learner_config(device=device), LossConfig(), **changes)  # type: ignore[arg-type]
+    return TorchBackend(tiny_moe(), settings)
+
+
+class TestCudaMoeBackend(BackendContract):
+    def make(
+        self,
+        learner: LearnerConfig | None = None,
+        loss: LossConfig | None = None,
+        *,
+        temperature: float = 1.0,
+    ) -> TorchBackend:
+        settings = TorchSettings(learner or learner_config(), loss or LossConfig(), temperature)
+        return TorchBackend(tiny_moe(initializer_range=0.02), settings)
+
+
+def test_cuda_and_cpu_agree_in_float32() -> None:
+    one, other = backend_on("cuda"), backend_on("cpu")
+    assert next(one.model.parameters()).is_cuda
+    for left, right in zip(
+        one.logprobs(scored(toy_batch()), temperature=1.0),
+        other.logprobs(scored(toy_batch()), temperature=1.0),
+        strict=True,
+    ):
+        np.testing.assert_allclose(left, right, atol=1e-4)
+    assert one.train_batch(toy_batch()).loss == pytest.approx(
+        other.train_batch(toy_batch()).loss, rel=1e-3
+    )
+
+
+def test_a_checkpoint_of_cuda_goes_on_on_the_cpu() -> None:
+    one = backend_on("cuda")
+    one.train_batch(toy_batch())
+    state = {name: tensor.cpu() for name, tensor in snapshot(one).items()}
+    other = backend_on("cpu")
+    other.load_state_dict(state)
+    assert other.train_batch(toy_batch(step=1)).loss == pytest.approx(
+        one.train_batch(toy_batch(step=1)).loss, rel=1e-3
+    )
+
+
+@pytest.mark.parametrize("head_dtype", ["model", "float32"])
+def test_bfloat16_on_cuda_is_near_float32(head_dtype: str, tmp_path: Path) -> None:
+    low = backend_on("cuda", dtype=torch.bfloat16, head_dtype=head_dtype)
+    exact = backend_on("cuda")
+    batch = scored(toy_batch())
+    gaps = [
+        float(np.abs(left - right).mean())
+        for left, right in zip(
+            low.logprobs(batch, temperature=1.0),
+            exact.logprobs(batch, temperature=1.0),
+            strict=True,
+        )
+    ]
+    assert max(gaps) < 0.2  # a token may change its expert, so single ones may be further off
+    assert np.isfinite(low.train_batch(toy_batch()).grad_norm)
+    low.save_hf(tmp_path)
+    assert (tmp_path / "model.safetensors").is_file()
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("architecture", ["qwen3", "qwen3_moe"])
+def test_starter_is_built_on_cuda(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RINGASYNC_CACHE", str(tmp_path))
+    base = config_of()
+    changes = {
+        "architecture": architecture,
+        "device": "cuda",
+        "steps": 60,
+        "warmup_steps": 5,
+        "data_workers": 2,
+    }
+    starter = StarterConfig(**{**base.starter.model_dump(), **changes})
+    losses: list[float] = []
+    config: Config = base.model_copy(update={"starter": starter})
+    folder = ensure_starter(config, lambda _step, loss: losses.append(loss))
+    assert len(losses) == 60
+    assert sum(losses[-5:]) < 0.75 * sum(losses[:5])
+    assert (folder / "model.safetensors").is_file()
