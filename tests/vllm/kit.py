@@ -54,7 +54,11 @@ def reference(
 
 
 def make_engine(
-    sampling: SamplingParams | None = None, *, keep_kv: bool = False, **options: Any
+    sampling: SamplingParams | None = None,
+    *,
+    keep_kv: bool = False,
+    window_tokens: int = 128,
+    **options: Any,
 ) -> VllmEngine:
     """A small engine; ``options`` are ``VllmOptions``. Without ``sampling``: T = 1, no end."""
     setup.prepare()
@@ -62,7 +66,7 @@ def make_engine(
     return VllmEngine(
         sampling or SamplingParams(1.0, (NEVER_SAMPLED,)),
         max_concurrent=16,
-        max_model_len_tokens=128,
+        max_model_len_tokens=window_tokens,
         seed=5,
         dtype="bfloat16" if ON_GPU else "float32",
         keep_kv=keep_kv,

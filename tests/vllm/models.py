@@ -17,7 +17,7 @@ _SHAPE: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 32,
-    "max_position_embeddings": 256,
+    "max_position_embeddings": 1024,
     "initializer_range": 0.2,  # far from flat, so that a wrong weight shows
 }
 

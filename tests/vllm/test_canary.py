@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,10 @@ async def swap(engine: VllmEngine, folder: Path, version: int) -> None:
 
 async def wrong_names(engine: VllmEngine) -> list[str]:
     """Tensors whose live values are not the loaded folder's."""
-    return sorted(name for name, digest in (await engine.read_back()).items() if len(digest) != 32)
+    digests = await engine.read_back()
+    return sorted(
+        name for name, found in digests.items() if not re.fullmatch("[0-9a-f]{32}", found)
+    )
 
 
 async def probe_gaps(engine: VllmEngine, folder: Path) -> np.ndarray:
