@@ -41,6 +41,7 @@ LOCAL_KEYS = (
     "worker.threads",
     "worker.max_concurrent",
     "worker.engine_options",
+    "worker.gpus",
 )
 """What may differ between the roles of one run: it changes where and how fast, not what."""
 

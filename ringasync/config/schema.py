@@ -171,6 +171,9 @@ class WorkerConfig(_Section):
     """A session without heartbeat for this long is dead; its leases return."""
     drain_timeout_s: float = Field(20.0, gt=0)
     threads: int = Field(1, ge=1)
+    gpus: tuple[int, ...] = ()
+    """``ringasync up``: the GPUs of the host that its workers get in turn, with tensor parallelism
+    as many each as that has ranks. Empty: every worker sees all of them."""
     kv: Literal["recompute", "keep"] = "recompute"
     engine_options: dict[str, Any] = Field(default_factory=dict)
 

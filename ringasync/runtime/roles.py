@@ -57,6 +57,16 @@ def role_command(role: str, place: Place) -> tuple[str, ...]:
     return (sys.executable, "-m", *ROLE_MODULES[role], *place.arguments())
 
 
+def gpu_environment(config: Config, number: int) -> dict[str, str]:
+    """Which GPUs worker ``number`` (from 0) sees, by ``worker.gpus``; empty when that is."""
+    gpus = config.worker.gpus
+    if not gpus:
+        return {}
+    each = max(1, int(config.worker.engine_options.get("tensor_parallel_size", 1)))
+    chosen = [gpus[(number * each + i) % len(gpus)] for i in range(each)]
+    return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, chosen))}
+
+
 def role_specs(config: Config, place: Place) -> list[RoleSpec]:
     """All roles of a local run, as ``ringasync up`` starts them."""
     return list(_role_specs(config, place))
@@ -75,6 +85,7 @@ def _role_specs(config: Config, place: Place) -> Iterator[RoleSpec]:
         name = f"worker-{number}"
         # A name that lasts over restarts, so that a person can follow one worker in `top`.
         command = (*role_command("worker", place), "--worker-id", name)
-        yield RoleSpec(name, command, False, drain_s, environment(config.worker.threads))
+        places = environment(config.worker.threads) | gpu_environment(config, number - 1)
+        yield RoleSpec(name, command, False, drain_s, places)
     if not config.grader.in_worker:
         yield RoleSpec("grader", role_command("grader", place), False, drain_s, environment(1))

@@ -6,6 +6,7 @@ that a later version that keeps the newer form works; ``check_version`` says wha
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import importlib.metadata
 import inspect
@@ -74,10 +75,16 @@ def weight_transfer_config(backend: str) -> Any:
     return weight_transfer.WeightTransferConfig(backend=backend)
 
 
-def close(engine: Any) -> None:
-    """Shut an AsyncLLM down; its ZeroMQ context, which vLLM leaves to the collector, too."""
-    engine.shutdown()
-    context = getattr(getattr(engine.engine_core, "resources", None), "ctx", None)
+async def close(engine: Any) -> None:
+    """Shut an AsyncLLM down with its tasks and its ZeroMQ context, which vLLM leaves lying."""
+    resources = getattr(engine.engine_core, "resources", None)
+    await asyncio.to_thread(engine.shutdown)
+    tasks = [engine.output_handler, getattr(resources, "output_queue_task", None)]
+    running = [task for task in tasks if task is not None]
+    for task in running:
+        task.cancel()
+    await asyncio.gather(*running, return_exceptions=True)
+    context = getattr(resources, "ctx", None)
     if context is not None:
         context.destroy(linger=0)
 

@@ -101,7 +101,7 @@ class VllmEngine:
         if self._sink is not None:
             self._sink.fail("the engine is not running")
         if engine is not None:
-            await asyncio.to_thread(compat.close, engine)
+            await compat.close(engine)
 
     async def generate(self, requests: Sequence[GenerationRequest]) -> None:
         """See ``Engine.generate``. Raises ``ValueError`` for a request that could never run."""

@@ -54,7 +54,7 @@ class RingExtension:
                 first=sorted(unknown)[:3],
             )
         answer = {
-            name: "live values differ from the file" if name in differing else digest
+            name: "differs: live values are not those of the file" if name in differing else digest
             for name, digest in staged.digests.items()
         }
         STAGER.let_go()
