@@ -106,7 +106,7 @@ class RolloutWorker:
             transport,
             self.control,
             self.store,
-            ProbeGate(weights.probe_floor_mean, weights.probe_floor_p99),
+            ProbeGate(*config.probe_floors),
             scratch_dir,
             use_canary=weights.canary,
             report_bad=self._report_bad,

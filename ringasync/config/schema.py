@@ -275,9 +275,10 @@ class WeightsConfig(_Section):
     """A second Redis without AOF for transport ``redis``; empty: the main one, 64 MB at most."""
     canary: bool = True
     probe_sequences: int = Field(8, ge=1)
-    probe_floor_mean: float = Field(1e-3, gt=0)
-    probe_floor_p99: float = Field(1e-2, gt=0)
-    """Floors of the probe's mean and 99th percentile log-prob gap, in nats (fp32 engines)."""
+    probe_floor_mean: float | None = Field(None, gt=0)
+    probe_floor_p99: float | None = Field(None, gt=0)
+    """Floors of the probe's mean and 99th percentile log-prob gap, in nats. None: those of
+    ``model.dtype``, see ``Config.probe_floors``."""
 
 
 class EvalConfig(_Section):
@@ -357,6 +358,17 @@ class Config(_Section):
                 f"worker.session_ttl_ms ({worker.session_ttl_ms}) must be at least three times "
                 f"worker.heartbeat_ms ({worker.heartbeat_ms}), or one late heartbeat ends a session"
             )
+
+    @property
+    def probe_floors(self) -> tuple[float, float]:
+        """Gaps (mean, 99th percentile; nats) below which no probe raises an alarm.
+
+        Two engines in half precision disagree by 0.001 to 0.03 nats on average, the less the surer
+        the model is, so the gap of earlier probes says little of the next one's; corrupted weights
+        are off by one nat and more, and weights that were not applied are the read-back's to find.
+        """
+        mean, p99 = (1e-3, 1e-2) if self.model.dtype == "float32" else (0.1, 1.0)
+        return self.weights.probe_floor_mean or mean, self.weights.probe_floor_p99 or p99
 
     @property
     def run_dir(self) -> Path:
