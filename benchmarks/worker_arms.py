@@ -69,6 +69,11 @@ class Meter:
             self._last = _clocks()
         return chunks
 
+    @property
+    def prompt_tokens(self) -> tuple[int, int]:
+        """See ``Engine.prompt_tokens``."""
+        return self._engine.prompt_tokens
+
     async def start(self, weights_dir: Path, policy_version: int) -> None:
         """Nothing: the engine runs already, with the same weights."""
 
@@ -96,6 +101,10 @@ class Meter:
     async def pause(self) -> None:
         """See ``Engine.pause``."""
         await self._engine.pause()
+
+    async def prepare(self, weights_dir: Path) -> None:
+        """See ``Engine.prepare``."""
+        await self._engine.prepare(weights_dir)
 
     async def load_weights(self, weights_dir: Path, policy_version: int) -> None:
         """See ``Engine.load_weights``."""

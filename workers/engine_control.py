@@ -48,6 +48,12 @@ class EngineControl:
         """Why the engine is paused, for people; empty while it steps."""
         return ", ".join(sorted(self._reasons))
 
+    @property
+    def figures(self) -> dict[str, int]:
+        """What ``top`` shows of the present engine; see ``Engine.prompt_tokens``."""
+        total, cached = self._engine.prompt_tokens if self._engine is not None else (0, 0)
+        return {"prompt_tokens": total, "cached_prompt_tokens": cached}
+
     async def start(self, weights_dir: Path, policy_version: int) -> None:
         """Make an engine, held again for every reason that stands. Raises ``EngineError``."""
         async with self._lock:

@@ -172,7 +172,7 @@ class RolloutWorker:
             "swaps": self.weights.swaps,
             "finished": self.flusher.finished,
             "parked": self.flusher.parked,
-            **self._more_status(),
+            **{**self.control.figures, **self._more_status()},
         }
 
     # The main task.

@@ -223,6 +223,17 @@ class EngineContract:
         expected = kit.reference(kit.weights(0), [*prompt, *prefix], tokens, 1.0)
         assert np.abs(np.asarray(collector["six"].logprobs) - expected).max() < kit.max_gap_nats
 
+    async def test_context_given_to_generate_is_counted(
+        self, kit: EngineKit, engine: Engine
+    ) -> None:
+        collector = Collector(engine)
+        first, second = prompts(kit, 2)
+        await engine.generate([request("a", first, 2), request("b", first, 2, second)])
+        await collector.until_finished("a", "b")
+        total, cached = engine.prompt_tokens
+        assert total == 2 * len(first) + len(second)
+        assert 0 <= cached < total
+
     async def test_more_requests_than_run_at_once_all_finish(
         self, kit: EngineKit, engine: Engine
     ) -> None:

@@ -72,6 +72,12 @@ class Engine(Protocol):
     Calls may come from one asyncio task at a time, except ``outputs`` and ``prepare``.
     """
 
+    @property
+    def prompt_tokens(self) -> tuple[int, int]:
+        """Tokens of context that ``generate`` was given since ``start``, and how many of them a
+        prefix cache spared the engine (siblings of a group, resumed partials)."""
+        ...
+
     async def start(self, weights_dir: Path, policy_version: int) -> None:
         """Load config and weights from an HF-format folder and begin to serve."""
         ...

@@ -113,11 +113,17 @@ class ScriptedEngine:
         self._alive = False
         self._error: str | None = None
         self._ticker: asyncio.Task[None] | None = None
+        self._prompt_tokens = 0
 
     @property
     def active(self) -> int:
         """Requests that are not finished."""
         return len(self._running)
+
+    @property
+    def prompt_tokens(self) -> tuple[int, int]:
+        """See ``Engine.prompt_tokens``; there is no prefix cache."""
+        return self._prompt_tokens, 0
 
     async def start(self, weights_dir: Path, policy_version: int) -> None:
         """See ``Engine.start``."""
@@ -148,6 +154,7 @@ class ScriptedEngine:
                 )
             random = np.random.default_rng([self._seed, request.seed, len(request.prefix_ids)])
             self._running[request.request_id] = _Running(request, random)
+            self._prompt_tokens += len(request.prompt_ids) + len(request.prefix_ids)
         self._may_step.set()
 
     async def outputs(self) -> list[TokenChunk]:

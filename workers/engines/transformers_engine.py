@@ -86,9 +86,15 @@ class TransformersEngine:
         self._manager: Any = None
         self._outbox: Outbox | None = None
         self._dtypes: dict[str, torch.dtype] = {}
+        self._prompt_tokens = 0
         self._pause_scope: contextlib.AbstractContextManager[None] | None = None
         # The manager counts pauses by thread, so pause and resume must come from the same one.
         self._control = ThreadPoolExecutor(1, thread_name_prefix="engine-control")
+
+    @property
+    def prompt_tokens(self) -> tuple[int, int]:
+        """See ``Engine.prompt_tokens``; there is no prefix cache."""
+        return self._prompt_tokens, 0
 
     async def start(self, weights_dir: Path, policy_version: int) -> None:
         """See ``Engine.start``. Raises ``EngineError`` when the folder is no usable model."""
@@ -121,6 +127,7 @@ class TransformersEngine:
         for request in requests:
             internal_id = f"{request.request_id}#{next(self._ids)}"
             outbox.add(request, internal_id)
+            self._prompt_tokens += len(request.prompt_ids) + len(request.prefix_ids)
             self._submit(manager, internal_id, request, ())
 
     async def outputs(self) -> list[TokenChunk]:

@@ -178,7 +178,7 @@ class VllmEngine:
         sink, engine = self._require()
         if not self._paused:
             raise EngineError("load_weights needs a paused engine")
-        await self.prepare(weights_dir)
+        await self._stage(weights_dir)  # nothing to do when ``prepare`` was called
         began_s = time.perf_counter()
         update = {"weights_dir": str(weights_dir), "load": self._options.load}
         try:
@@ -254,7 +254,7 @@ class VllmEngine:
 
     @property
     def prompt_tokens(self) -> tuple[int, int]:
-        """Prompt tokens that went through the engine and, of them, those the prefix cache had."""
+        """See ``Engine.prompt_tokens``; vLLM says it of each prefill."""
         sink = self._sink
         return (sink.prompt_tokens, sink.cached_prompt_tokens) if sink is not None else (0, 0)
 
