@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -107,12 +109,23 @@ class StackedMuon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One update. ``closure`` is not supported."""
+        alike: dict[tuple[int, int], list[_Move]] = defaultdict(list)
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._update(parameter, group)
+                    move = self._move(parameter, group)
+                    alike[move.matrices.shape[1], move.matrices.shape[2]].append(move)
+        # Matrices of one shape in one go: many small products use a CPU's cores badly.
+        for (rows, width), moves in alike.items():
+            directions = orthogonalize(torch.cat([move.matrices for move in moves]))
+            scale = max(1.0, rows / width) ** 0.5
+            counts = [move.matrices.shape[0] for move in moves]
+            for move, direction in zip(moves, torch.split(directions, counts), strict=True):
+                move.parameter.add_(
+                    direction.reshape(move.parameter.shape), alpha=-move.learning_rate * scale
+                )
 
-    def _update(self, parameter: torch.nn.Parameter, group: dict[str, Any]) -> None:
+    def _move(self, parameter: torch.nn.Parameter, group: dict[str, Any]) -> _Move:
         gradient, momentum = parameter.grad, group["momentum"]
         assert gradient is not None  # noqa: S101  for the type checker
         state = self.state[parameter]
@@ -122,10 +135,17 @@ class StackedMuon(torch.optim.Optimizer):
         buffer.lerp_(gradient, 1 - momentum)
         update = gradient.lerp(buffer, momentum)  # Nesterov
         height, width = update.shape[-2:]
-        rows = height // group["parts"]
-        direction = orthogonalize(update.reshape(-1, rows, width))
-        scale = max(1.0, rows / width) ** 0.5
-        parameter.add_(direction.reshape(update.shape), alpha=-group["lr"] * scale)
+        matrices = update.reshape(-1, height // group["parts"], width)
+        return _Move(parameter, matrices, float(group["lr"]))
+
+
+@dataclass(frozen=True, slots=True)
+class _Move:
+    """A parameter and the matrices [N, rows, width] that it is to be moved along."""
+
+    parameter: torch.nn.Parameter
+    matrices: Tensor
+    learning_rate: float
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:

@@ -10,7 +10,15 @@ from workers.engine_control import EngineControl
 
 _REASON = "unsent tokens"
 _HALT_TOKENS = 4
-"""What an engine may sample for one rollout while it comes to a halt."""
+"""What an engine may sample for one rollout while it comes to a halt, at the least."""
+
+
+def gather_tokens(flush_tokens: int) -> int:
+    """Tokens of one rollout that an engine may gather before it hands them out.
+
+    A crash loses them too, so the more there may be, the earlier the throttle must hold.
+    """
+    return max(1, flush_tokens // 4)
 
 
 class Throttle:
@@ -19,7 +27,8 @@ class Throttle:
     def __init__(self, control: EngineControl, store: RolloutStore, flush_tokens: int) -> None:
         self._control = control
         self._store = store
-        self._limit_tokens = max(flush_tokens, 2 * flush_tokens - _HALT_TOKENS)
+        unseen = gather_tokens(flush_tokens) + max(_HALT_TOKENS, flush_tokens // 4)
+        self._limit_tokens = max(flush_tokens, 2 * flush_tokens - unseen)
         self._look = asyncio.Event()
 
     def check(self) -> None:

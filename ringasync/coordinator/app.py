@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,9 +25,9 @@ from ringasync.coordinator.watchdog import Watchdog
 from ringasync.errors import EnvironmentRefusedError, RingError
 from ringasync.observability.log import get_logger
 from ringasync.records.states import Phase
+from ringasync.runtime.joining import connected
 from ringasync.runtime.shutdown import Shutdown
 
-PASSWORD_VARIABLE = "RINGASYNC_REDIS_PASSWORD"  # noqa: S105
 _LEAVE_TIMEOUT_S = 5.0
 
 log = get_logger(__name__)
@@ -65,10 +64,9 @@ class Coordinator:
         shutdown: Shutdown,
         *,
         source: MakeSource = make_source,
-        connect: Callable[..., Awaitable[Broker]] = Broker.connect,
     ) -> None:
         self._config, self._place, self._shutdown = config, place, shutdown
-        self._make_source, self._connect = source, connect
+        self._make_source = source
 
     async def run(self) -> int:
         """Coordinate until the run is done or a stop is asked for; the exit code.
@@ -76,22 +74,12 @@ class Coordinator:
         Raises:
             RingError: something stands in the way, or the role has passed to another process.
         """
-        redis = self._config.redis
-        broker = await self._connect(
-            self._place.redis_url,
-            self._config.run.name,
-            password=os.environ.get(PASSWORD_VARIABLE),
-            connect_timeout_s=redis.connect_timeout_s,
-            retry_budget_s=redis.retry_budget_s,
-        )
-        try:
+        async with connected(self._config, self._place.redis_url) as broker:
             source = await asyncio.to_thread(self._make_source, self._config, self._place.model)
             while not self._shutdown.is_requested:
                 if await self._hold_seat(broker, source):
                     break
             return 0
-        finally:
-            await broker.close()
 
     async def _hold_seat(self, broker: Broker, source: PromptSource) -> bool:
         """Take the seat and serve; False when Redis came back empty and it must begin again."""

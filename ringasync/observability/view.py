@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from rich.columns import Columns
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
@@ -29,9 +28,14 @@ __all__ = ["live_view", "render", "render_audit", "render_inspect", "render_samp
 
 REFRESH_S = 0.5
 PLAIN_EVERY_S = 10.0
-_ROWS = 24
+_WIDE = 116
+"""Columns from which three panels fit beside each other; two from ``_NARROW``."""
+_NARROW = 70
+_MOST_ROWS = 24
+_FEWEST_ROWS = 3
+_ROLES_FRAME_LINES = 3
 _SPARK = "▁▂▃▄▅▆▇█"
-_SPARK_STEPS = 20
+_SPARK_STEPS = 16
 _LATE_MS = 3000
 _SMOOTH_STEPS = 10
 
@@ -76,32 +80,74 @@ async def _read(reader: SnapshotReader, last: Snapshot | None) -> Snapshot | Non
 
 def render(snapshot: Snapshot) -> RenderableType:
     """One snapshot as something rich can print. Text from outside is never read as markup."""
-    parts: list[RenderableType] = [_header(snapshot)]
+    return _Picture(snapshot)
+
+
+class _Picture:
+    """Fits the terminal: side by side where there is room, and never too high to show the roles."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._snapshot = snapshot
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """The parts, top to bottom; the table of roles gets the lines that are left."""
+        parts = list(_upper_parts(self._snapshot, options.max_width))
+        rows = _MOST_ROWS
+        if console.is_terminal:
+            used = sum(len(console.render_lines(part, options, pad=False)) for part in parts)
+            rows = min(rows, console.height - used - _ROLES_FRAME_LINES)
+        yield from parts
+        yield _roles(self._snapshot, max(_FEWEST_ROWS, rows), options.max_width)
+
+
+def _upper_parts(snapshot: Snapshot, width: int) -> Iterator[RenderableType]:
+    yield _header(snapshot, width)
     problems = ([snapshot.problem] if snapshot.problem else []) + snapshot.stalls
     if problems:
         body = Text("\n").join(plain(line) for line in problems)
-        parts.append(Panel(body, title="stalled", border_style="red"))
-    parts.append(Columns([_learning(snapshot), _flow(snapshot), _ledger(snapshot)], padding=(0, 1)))
-    parts.append(_roles(snapshot.sessions))
-    return Group(*parts)
+        yield Panel(body, title="stalled", border_style="red")
+    if width >= _WIDE:
+        spark = _SPARK_STEPS
+        yield _beside(
+            [_learning(snapshot, spark), _flow(snapshot), _ledger(snapshot)], (47, 43, 30)
+        )
+        return
+    if width >= _NARROW:
+        yield _beside([_learning(snapshot, _SPARK_STEPS - 6), _flow(snapshot)], (1, 1))
+    else:
+        yield _learning(snapshot, 4)
+        yield _flow(snapshot)
+    yield _ledger_line(snapshot)
 
 
-def _header(snapshot: Snapshot) -> RenderableType:
+def _beside(panels: Sequence[RenderableType], ratios: Sequence[int]) -> RenderableType:
+    """Panels of fixed widths, whatever they hold: the picture must not jump."""
+    grid = Table.grid(expand=True)
+    for ratio in ratios:
+        grid.add_column(ratio=ratio)
+    grid.add_row(*panels)
+    return grid
+
+
+def _header(snapshot: Snapshot, width: int) -> RenderableType:
     step, total = snapshot.learner_step, snapshot.steps_total
     state = snapshot.phase + (" (paused)" if snapshot.meta.get("paused") == "1" else "")
     grid = Table.grid(padding=(0, 2))
+    bar = ProgressBar(
+        total=max(1, total), completed=min(step, total), width=30 if width >= _WIDE else 16
+    )
     grid.add_row(
         Text(snapshot.run, style="bold"),
         plain(state),
         Text(f"step {step}/{total}"),
-        ProgressBar(total=max(1, total), completed=min(step, total), width=30),
+        bar,
         Text("" if snapshot.eta_s is None else f"{duration(snapshot.eta_s)} to go"),
         Text(f"version {snapshot.meta.get('latest_version', '0')}"),
     )
     return grid
 
 
-def _learning(snapshot: Snapshot) -> RenderableType:
+def _learning(snapshot: Snapshot, spark_steps: int) -> RenderableType:
     table = _pairs()
     for result in snapshot.evals:
         shown = "no verdict yet" if result.reward is None else f"{result.reward:.3f}"
@@ -109,14 +155,14 @@ def _learning(snapshot: Snapshot) -> RenderableType:
     rewards = _values(snapshot.steps, "train_reward")
     if rewards:
         recent = statistics.fmean(rewards[-_SMOOTH_STEPS:])
-        _add(table, "training reward", f"{recent:.3f} {_sparkline(rewards)}")
+        _add(table, "training reward", f"{recent:.3f} {_sparkline(rewards[-spark_steps:])}")
     last = snapshot.steps[-1] if snapshot.steps else {}
     for name, key, form in (
         ("loss", "loss", "{:.4f}"),
         ("log-prob gap mean", "gap_mean", "{:.2e}"),
         ("IcePop mask rate", "mask_rate", "{:.3%}"),
-        ("staleness mean", "staleness_mean", "{:.2f} steps"),
-        ("staleness max", "staleness_max", "{:.0f} steps"),
+        ("mean staleness", "staleness_mean", "{:.2f} steps"),
+        ("max staleness", "staleness_max", "{:.0f} steps"),
         ("budget fill", "budget_fill", "{:.0%}"),
         ("response length", "response_length_mean", "{:.0f} tokens"),
     ):
@@ -133,55 +179,81 @@ def _flow(snapshot: Snapshot) -> RenderableType:
     rates = _values(snapshot.steps, "tokens_per_s")
     if rates:
         recent = statistics.fmean(rates[-_SMOOTH_STEPS:])
-        _add(table, "training", f"{human(recent)} tokens/s while stepping")
-    for name, value in (
-        ("open groups", backlog.open_groups),
-        ("open rollouts", backlog.open_rollouts),
-        ("generating", backlog.running_rollouts),
-        ("waiting tickets", backlog.queued_tickets),
-        ("grading", backlog.grading_jobs),
-        ("held-out open", backlog.eval_open),
-        ("ready groups", backlog.ready_groups),
-        ("ready tokens", backlog.ready_tokens),
-    ):
-        _add(table, name, human(value))
+        _add(table, "in steps", f"{human(recent)} tokens/s")
+    groups, rollouts = human(backlog.open_groups), human(backlog.open_rollouts)
+    _add(table, "open", f"{groups} groups, {rollouts} rollouts")
+    _add(table, "generating", f"{human(backlog.running_rollouts)} rollouts")
+    _add(table, "waiting", f"{human(backlog.queued_tickets)} tickets")
+    _add(table, "grading", f"{human(backlog.grading_jobs)} rollouts")
+    if backlog.eval_open:
+        _add(table, "held-out open", f"{human(backlog.eval_open)} prompts")
+    ready, tokens = human(backlog.ready_groups), human(backlog.ready_tokens)
+    _add(table, "ready now", f"{ready} groups, {tokens} tokens")
     for end, count in sorted(snapshot.ends.items()):
-        _add(table, f"ended {end}", human(count))
+        name = "completed" if end == "ready" else f"ended {end}"
+        _add(table, name, f"{human(count)} groups")
     return Panel(table, title="queues")
 
 
 def _ledger(snapshot: Snapshot) -> RenderableType:
-    accepted = max(1, snapshot.ledger.get("accepted", 0))
     table = _pairs()
     _add(table, "accepted", human(snapshot.ledger.get("accepted", 0)))
-    for account, tokens in snapshot.ledger.items():
-        if account != "accepted" and tokens:
-            _add(table, account, f"{human(tokens)}  {tokens / accepted:.1%}")
+    for account, tokens, share in _accounts(snapshot):
+        _add(table, account, f"{human(tokens)}  {share:.1%}")
     return Panel(table, title="tokens by account")
 
 
-def _roles(sessions: Sequence[dict[str, str]]) -> RenderableType:
-    table = Table(expand=True, box=None, header_style="bold")
-    for heading in ("role", "who", "doing", "version", "leases", "tokens/s", "heartbeat"):
-        table.add_column(heading, overflow="fold")
+def _ledger_line(snapshot: Snapshot) -> RenderableType:
+    """The same where there is no room for a panel."""
+    shares = [f"{account} {share:.1%}" for account, _, share in _accounts(snapshot)]
+    accepted = human(snapshot.ledger.get("accepted", 0))
+    return plain(": ".join([f"tokens {accepted}", *([", ".join(shares)] if shares else [])]))
+
+
+def _accounts(snapshot: Snapshot) -> Iterator[tuple[str, int, float]]:
+    accepted = max(1, snapshot.ledger.get("accepted", 0))
+    for account, tokens in snapshot.ledger.items():
+        if account != "accepted" and tokens:
+            yield account, tokens, tokens / accepted
+
+
+def _roles(snapshot: Snapshot, rows: int, width: int) -> RenderableType:
+    sessions = snapshot.sessions
+    is_wide = width >= _WIDE
+    padding = (0, 1) if is_wide else (0, 1, 0, 0)
+    table = Table(expand=True, box=None, header_style="bold", padding=padding)
+    table.add_column("who", no_wrap=True)
+    table.add_column(
+        "doing", ratio=1, no_wrap=not is_wide, overflow="fold" if is_wide else "ellipsis"
+    )
+    for heading in ("version", "leases", "tokens/s", "heartbeat"):
+        table.add_column(heading, no_wrap=True, justify="right")
     shown = sorted(sessions, key=lambda row: (row.get("state") != "late", row.get("role", "")))
-    for row in shown[:_ROWS]:
+    fits = len(shown) <= rows
+    for row in shown if fits else shown[: rows - 1]:
         age_ms = int(row.get("age_ms") or 0)
         late = row.get("state") == "late" or age_ms > _LATE_MS
         table.add_row(
-            plain(row.get("role", "?")),
-            plain(row.get("worker") or row.get("id", "?")),
+            plain(_name(row)),
             plain(row.get("doing", "")),
             plain(row.get("policy_version", "")),
             plain(row.get("leases", "0")),
             plain(row.get("tokens_per_s", "")),
             Text(f"{age_ms / 1000:.1f} s ago", style="red" if late else ""),
         )
-    if len(sessions) > _ROWS:
-        table.add_row(Text("..."), Text(f"{len(sessions) - _ROWS} more"))
+    if not fits:
+        table.add_row(Text("..."), Text(f"{len(shown) - rows + 1} more"))
     if not sessions:
-        table.add_row(Text("nobody is here yet"))
+        began = snapshot.learner_step or snapshot.ledger.get("accepted")
+        hint = "nobody is here" if began else "nobody is here yet: roles take a while to start"
+        return Panel(Text(hint), title="who does what")
     return Panel(table, title="who does what")
+
+
+def _name(row: dict[str, str]) -> str:
+    """``worker-1`` says what it is, ``gpu7:3122`` does not."""
+    role, name = row.get("role", "?"), row.get("worker") or row.get("id", "?")
+    return name if name.startswith(role) else f"{role} {name}"
 
 
 def _pairs() -> Table:
@@ -204,9 +276,8 @@ def _is_number(value: object) -> bool:
 
 
 def _sparkline(values: Sequence[float]) -> str:
-    shown = values[-_SPARK_STEPS:]
-    low, span = min(shown), max(shown) - min(shown)
+    low, span = min(values), max(values) - min(values)
     if span <= 0:
-        return _SPARK[0] * len(shown)
+        return _SPARK[0] * len(values)
     top = len(_SPARK) - 1
-    return "".join(_SPARK[round((value - low) / span * top)] for value in shown)
+    return "".join(_SPARK[round((value - low) / span * top)] for value in values)

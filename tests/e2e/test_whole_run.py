@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 
 from learner.journal import Journal
-from ringasync.broker.client import Broker
 from tests.e2e.tiny_run import TinyRun, ringasync, started, tiny_settings
 
 MAX_GAP_NATS = 1e-4
@@ -80,12 +79,19 @@ def trained_once(run: TinyRun) -> int:
     return tokens
 
 
-@pytest.mark.parametrize("mode", ["pipelined", "rounds"])
-def test_a_run_trains_to_its_end(tmp_path: Path, tiny_model: Path, mode: str) -> None:
-    settings = tiny_settings(tmp_path, tiny_model, schedule__mode=mode)
+@pytest.mark.parametrize(
+    ("mode", "transport"), [("pipelined", "file"), ("rounds", "file"), ("pipelined", "redis")]
+)
+def test_a_run_trains_to_its_end(
+    tmp_path: Path, tiny_model: Path, mode: str, transport: str
+) -> None:
+    settings = tiny_settings(
+        tmp_path, tiny_model, schedule__mode=mode, weights__transport=transport
+    )
     with started(tmp_path, settings) as run:
         assert run.wait(200) == 0, run.tail()
         check_finished(run, 8)
+        assert (run.run_dir / "weights").exists() is (transport == "file")
         again = subprocess.run(
             ringasync("up", run.config), capture_output=True, text=True, timeout=90, check=False
         )
@@ -95,10 +101,8 @@ def test_a_run_trains_to_its_end(tmp_path: Path, tiny_model: Path, mode: str) ->
 
 async def resumed_elsewhere(run: TinyRun) -> list[str]:
     """Rollouts whose session died with tokens and that another session went on with."""
-    url = (run.run_dir / "redis" / "redis.url").read_text().strip()
-    broker = await Broker.connect(url, run.run_dir.name)
     found = []
-    try:
+    async with run.broker() as broker:
         async for key in broker.client.scan_iter(match=broker.keys.history("*"), count=1000):
             rollout = key.decode().rpartition(":")[2]
             owner, lost_by = "", ""
@@ -109,8 +113,6 @@ async def resumed_elsewhere(run: TinyRun) -> list[str]:
                     owner = entry["worker"]
                     if lost_by and owner != lost_by and entry["tokens"] > 0:
                         found.append(rollout)
-    finally:
-        await broker.close()
     return found
 
 
@@ -157,12 +159,8 @@ def test_a_third_worker_joins_a_running_run(tmp_path: Path, tiny_model: Path) ->
 
 async def finishing_workers(run: TinyRun) -> int:
     """Living workers that have finished rollouts."""
-    url = (run.run_dir / "redis" / "redis.url").read_text().strip()
-    broker = await Broker.connect(url, run.run_dir.name)
-    try:
+    async with run.broker() as broker:
         sessions = await broker.sessions()
-    finally:
-        await broker.close()
     return sum(one["role"] == "worker" and int(one.get("finished", 0)) > 0 for one in sessions)
 
 

@@ -8,14 +8,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import tomli_w
+
+from ringasync.broker.client import Broker
 
 ALPHABET = "abcdefghijklmnop0123456789 =?"
 _REWARD = '''
@@ -128,6 +130,25 @@ class TinyRun:
                 found.append((child.create_time(), child.pid))
         return [pid for _, pid in sorted(found)]
 
+    def redis_processes(self) -> list[psutil.Process]:
+        """The embedded Redis, found by its folder: it has a session of its own."""
+        folder = str(self.run_dir / "redis")
+        return [
+            process
+            for process in psutil.process_iter(["name", "cwd"])
+            if "redis" in (process.info["name"] or "") and process.info["cwd"] == folder
+        ]
+
+    @asynccontextmanager
+    async def broker(self) -> AsyncIterator[Broker]:
+        """A client of the run's embedded Redis."""
+        url = (self.run_dir / "redis" / "redis.url").read_text().strip()
+        broker = await Broker.connect(url, self.run_dir.name)
+        try:
+            yield broker
+        finally:
+            await broker.close()
+
     def wait(self, timeout_s: float) -> int:
         """Exit code of ``ringasync up``; the log's tail is shown when it does not end in time."""
         try:
@@ -187,12 +208,15 @@ def started(folder: Path, settings: dict[str, Any], **env: str) -> Iterator[Tiny
             start_new_session=True,
         )
     run_dir = Path(settings["run"]["dir"]) / settings["run"]["name"]
+    run = TinyRun(config, run_dir, process, log, environment)
     try:
-        yield TinyRun(config, run_dir, process, log, environment)
+        yield run
     finally:
         _kill_tree(process.pid)
         process.wait()
-        _stop_redis(run_dir)
+        # It may outlive a killed supervisor.
+        for redis in run.redis_processes():
+            redis.kill()
 
 
 def _kill_tree(pid: int) -> None:
@@ -209,11 +233,3 @@ def _kill_tree(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
     except ProcessLookupError:
         return
-
-
-def _stop_redis(run_dir: Path) -> None:
-    """The embedded Redis has a session of its own and may outlive a killed supervisor."""
-    folder = str(run_dir / "redis")
-    for process in psutil.process_iter(["name", "cwd"]):
-        if "redis" in (process.info["name"] or "") and process.info["cwd"] == folder:
-            process.kill()

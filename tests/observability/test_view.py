@@ -33,8 +33,10 @@ BACKLOG = Backlog(
 HOSTILE = "[red]x[/red] [/] [link=file:///]\x1b[2J\x07"
 
 
-def _shown(renderable: RenderableType, width: int = 160) -> str:
-    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+def _shown(renderable: RenderableType, width: int = 160, height: int = 60) -> str:
+    console = Console(
+        file=io.StringIO(), width=width, height=height, force_terminal=True, color_system=None
+    )
     console.print(renderable)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
@@ -85,6 +87,7 @@ def test_a_snapshot_shows_progress_reward_staleness_and_who_does_what() -> None:
         "4.8 s ago",
         "75.0%",
         "12.3k tokens/s",
+        "worker w-1",
     ):
         assert expected in shown
     assert shown.index("w-2") < shown.index("w-1"), "late ones first"
@@ -103,16 +106,78 @@ def test_stalls_are_shown_with_who_owes_what() -> None:
 
 def test_an_empty_run_and_a_crowd_can_be_drawn() -> None:
     empty = _snapshot(steps=(), evals=(), sessions=(), meta={}, ledger={}, eta_s=None)
-    assert "nobody is here yet" in _shown(render(empty))
+    assert "nobody is here yet: roles take a while to start" in _shown(render(empty))
+    drained = _shown(render(_snapshot(sessions=())))
+    assert "nobody is here" in drained
+    assert "yet" not in drained
     crowd = tuple({"role": "worker", "worker": f"w-{i}", "age_ms": "1"} for i in range(1000))
     shown = _shown(render(_snapshot(sessions=crowd)))
-    assert "976 more" in shown
+    assert "977 more" in shown
 
 
-@pytest.mark.parametrize("width", [40, 80, 200])
-def test_it_fits_any_terminal(width: int) -> None:
-    lines = _shown(render(_snapshot()), width).splitlines()
+def _busy(**changes: Any) -> Snapshot:
+    """A snapshot with something in every line."""
+    step = {
+        "loss": -0.0386,
+        "gap_mean": 1.5e-07,
+        "mask_rate": 0.001,
+        "staleness_mean": 2.1,
+        "staleness_max": 3,
+        "budget_fill": 1.0,
+        "response_length_mean": 47.0,
+        "tokens_per_s": 123456.7,
+    }
+    roles = {"coordinator": "coordinator", "learner": "learner@host:2644", "worker": "worker-1"}
+    doing = "waiting for the oldest group, which 3116 trained tokens have overtaken"
+    sessions = tuple(
+        {
+            **{"role": role, "worker": name, "doing": doing, "policy_version": "31"},
+            **{"leases": "16", "tokens_per_s": "1432.6", "age_ms": "100"},
+        }
+        for role, name in roles.items()
+    )
+    accounts = ("open", "finished", "graded", "taken", "trained", "masked", "stale", "eval")
+    base = _snapshot(
+        steps=tuple(_step(n, **step) for n in range(1, 30)),
+        evals=(EvalMean("first", 0.5, 32, 32), EvalMean("step 20", 0.6, 7, 32)),
+        ledger={"accepted": 80_000, **dict.fromkeys(accounts, 10_000)},
+        ends={"ready": 261, "stale": 9},
+        sessions=sessions,
+    )
+    return replace(base, **changes)
+
+
+@pytest.mark.parametrize("width", [40, 80, 120, 200])
+def test_it_fits_any_width(width: int) -> None:
+    lines = _shown(render(_busy()), width).splitlines()
     assert max(len(line) for line in lines) <= width
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (120, 40)])
+def test_it_fits_the_terminals_that_people_have(width: int, height: int) -> None:
+    shown = _shown(render(_busy()), width, height)
+    assert len(shown.splitlines()) <= height
+    for expected in (
+        *("coordinator", "learner@host:2644", "worker-1", "waiting for the", "1432.6"),
+        *("3 min 7 s to go", "version 43", "completed", "trained", "12.5%"),
+    ):
+        assert expected in shown
+
+
+def test_a_low_terminal_shows_fewer_roles_and_says_so() -> None:
+    crowd = tuple({"role": "worker", "worker": f"worker-{i}", "age_ms": "1"} for i in range(9))
+    shown = _shown(render(_busy(sessions=crowd)), 80, 24)
+    assert len(shown.splitlines()) <= 24
+    assert "worker-0" in shown
+    assert "more" in shown
+
+
+def test_what_it_holds_does_not_move_the_panels() -> None:
+    few, many = (_shown(render(one), 120).splitlines() for one in (_snapshot(), _busy()))
+    assert few[1].count("learning") == 1
+    assert [few[1].index(name) for name in ("learning", "queues", "tokens by")] == [
+        many[1].index(name) for name in ("learning", "queues", "tokens by")
+    ]
 
 
 def test_hostile_text_is_shown_literally() -> None:

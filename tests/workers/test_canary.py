@@ -194,7 +194,7 @@ async def test_tokens_on_trial_are_held_until_the_canary_passed(make_world: Make
     await until(lambda: not running.worker.control.held_by, "the engine to go on")
     running.engine.step(30)
     await until(lambda: running.worker.status()["held_tokens"] == 60, "held tokens")
-    await asyncio.sleep(0.2)  # several times flush_ms: whatever would leak has leaked by now
+    await running.worker.flusher.flush(everything=True)  # all that may be sent
     assert [await world.length(f"g1.{i}") for i in range(2)] == [10, 10]
     running.engine.gate.set()
     await until(lambda: running.worker.weights.loaded_number == 2, "the canary")

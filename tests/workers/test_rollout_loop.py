@@ -150,7 +150,7 @@ async def test_a_paused_run_stands_still_and_goes_on(make_world: MakeWorld) -> N
         return await world.length("g1.0") + await world.length("g1.1") == generated
 
     await until(all_sent, "every token to be sent at the pause")
-    await asyncio.sleep(0.1)
+    await world.heartbeats(3)
     assert running.worker.status()["tokens_generated"] == generated
     assert await world.states("g1.0", "g1.1") == {"leased"}
     await world.broker.set_paused(False)

@@ -58,6 +58,18 @@ async def test_tokens_of_several_steps_become_one_chunk_a_request() -> None:
     assert not sink.filled.is_set()
 
 
+async def test_a_quarter_of_a_flush_is_urgent_though_nothing_ended() -> None:
+    sink = TokenSink(1, gather_tokens=3)
+    added(sink, "a", "a-1")
+    for step in range(3):
+        assert not sink.urgent.is_set()
+        sink.process_outputs([output("a-1", [step], [-1.0])])
+        sink.update_scheduler_stats(None)
+    assert sink.urgent.is_set()
+    assert len(sink.drain()[0].token_ids) == 3
+    assert not sink.urgent.is_set()
+
+
 async def test_relabel_cuts_a_chunk_at_the_swap() -> None:
     sink = TokenSink(3)
     added(sink, "a", "a-1")

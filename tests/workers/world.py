@@ -220,6 +220,16 @@ class World:
         self.workers.append(running)
         return running
 
+    async def heartbeats(self, count: int) -> None:
+        """Wait until some worker has sent this many more heartbeats: life went on that long."""
+        seen: set[str] = set()
+
+        async def sent() -> bool:
+            seen.update(row.get("beat_ms", "") for row in await self.broker.sessions())
+            return len(seen) > count
+
+        await until(sent, f"{count} heartbeats")
+
     # What the broker holds.
 
     async def field(self, rollout_id: str, name: str) -> str:

@@ -14,6 +14,7 @@ from ringasync.errors import ConfigError, EngineError
 from workers.engines.base import Engine, SamplingParams
 from workers.engines.vllm.options import VllmOptions
 from workers.intake import ModelLimits
+from workers.throttle import gather_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,7 @@ class EngineFactory:
             seed=self.seed,
             keep_kv=worker.kv == "keep",
             threads=worker.threads,
+            gather_tokens=gather_tokens(worker.flush_tokens),
             options=self._options(),
         )
 
@@ -69,6 +71,7 @@ class EngineFactory:
             dtype=config.model.dtype,
             fp32_head=config.model.head_dtype == "float32",
             keep_kv=worker.kv == "keep",
+            gather_tokens=gather_tokens(worker.flush_tokens),
             options=self._options(),
         )
 

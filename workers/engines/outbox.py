@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers.generation.continuous_batching.requests import RequestState, R
 
 from ringasync.errors import EngineError
 from workers.engines.base import EngineFinish, GenerationRequest, TokenChunk
+from workers.token_trace import Sampled, wanted_trace
 
 
 class LiveRequestState(RequestState):  # type: ignore[misc]
@@ -36,6 +38,11 @@ class RunningRequest:
     delivered: int = 0
     """Tokens of the present internal request that were taken."""
 
+    @property
+    def tokens_before(self) -> int:
+        """Tokens of the response from earlier leases and earlier internal requests."""
+        return len(self.request.prefix_ids) + len(self.generated) - self.delivered
+
 
 class Outbox(OutputRouter):  # type: ignore[misc]
     """Learns in the manager's thread which requests have news; takes the tokens when asked.
@@ -44,12 +51,19 @@ class Outbox(OutputRouter):  # type: ignore[misc]
     taken; ``relabel`` changes it, only while the manager is paused.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, policy_version: int, eos: frozenset[int]):
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        policy_version: int,
+        eos: frozenset[int],
+        gather_tokens: int = 0,
+    ) -> None:
         super().__init__()
         self.running: dict[str, RunningRequest] = {}
         self.filled = asyncio.Event()
         self.urgent = asyncio.Event()
-        """A request ended (or failed): its place in the batch is free."""
+        """A request ended (or failed), so its place in the batch is free; or ``gather_tokens`` of
+        some request wait to be taken."""
         self._policy_version = policy_version
         self._by_request: dict[str, str] = {}
         self._error: str | None = None
@@ -60,6 +74,10 @@ class Outbox(OutputRouter):  # type: ignore[misc]
         self._chunks: list[TokenChunk] = []
         self._waking = False
         self._urging = False
+        self._gather_tokens = gather_tokens
+        self._steps = 0
+        """Steps since the last ``drain``: no request has more tokens waiting."""
+        self._trace = wanted_trace()
 
     # Called in the manager's thread.
 
@@ -70,22 +88,32 @@ class Outbox(OutputRouter):  # type: ignore[misc]
     def deliver_batch(self, outputs: list[Any]) -> None:
         """All requests of one step have news."""
         with self._lock:
-            ended = False
+            self._steps += 1
+            urgent = 0 < self._gather_tokens <= self._steps
             for output in outputs:
                 self._news[output.request_id] = output
-                ended = ended or output.status >= RequestStatus.FINISHED
+                urgent = urgent or output.status >= RequestStatus.FINISHED
                 if output.status == RequestStatus.FAILED and output.request_id in self.running:
                     self._error = output.error or "request failed without a message"
-            wake = not self._waking or (ended and not self._urging)
-            self._waking, self._urging = True, self._urging or ended
+            if self._trace is not None:
+                self._trace.write([*self._sampled(outputs)])
+            wake = not self._waking or (urgent and not self._urging)
+            self._waking, self._urging = True, self._urging or urgent
         if wake:
             # The loop may be closed already when a process is going down.
             with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._wake, ended)
+                self._loop.call_soon_threadsafe(self._wake, urgent)
 
-    def _wake(self, ended: bool) -> None:
+    def _sampled(self, outputs: list[Any]) -> Iterator[Sampled]:
+        for output in outputs:
+            running = self.running.get(output.request_id)
+            if running is not None:
+                tokens = running.tokens_before + len(output.logprobs)
+                yield running.request.request_id, tokens, self._policy_version
+
+    def _wake(self, urgent: bool) -> None:
         self.filled.set()
-        if ended:
+        if urgent:
             self.urgent.set()
 
     # Called from the asyncio side.
@@ -96,6 +124,7 @@ class Outbox(OutputRouter):  # type: ignore[misc]
             self._take_all()
             chunks, self._chunks = self._chunks, []
             self._waking = self._urging = False
+            self._steps = 0
             self.filled.clear()
             self.urgent.clear()
         return chunks

@@ -61,7 +61,10 @@ class TransformersOptions:
 
 
 class TransformersEngine:
-    """Implements ``workers.engines.base.Engine``; float32, one device, one generation thread."""
+    """Implements ``workers.engines.base.Engine``; float32, one device, one generation thread.
+
+    ``gather_tokens`` of one request are handed out before ``gather_ms`` is over; 0: they wait.
+    """
 
     def __init__(
         self,
@@ -72,6 +75,7 @@ class TransformersEngine:
         seed: int,
         keep_kv: bool = False,
         threads: int = 1,
+        gather_tokens: int = 0,
         options: TransformersOptions | None = None,
     ) -> None:
         self._sampling = sampling
@@ -80,6 +84,7 @@ class TransformersEngine:
         self._seed = seed
         self._keep_kv = keep_kv
         self._threads = threads
+        self._gather_tokens = gather_tokens
         self._options = options or TransformersOptions()
         self._ids = itertools.count()
         self._model: Any = None
@@ -101,7 +106,8 @@ class TransformersEngine:
         if self._manager is not None:
             raise EngineError("the engine is running already")
         loop = asyncio.get_running_loop()
-        self._outbox = Outbox(loop, policy_version, frozenset(self._sampling.eos_token_ids))
+        eos = frozenset(self._sampling.eos_token_ids)
+        self._outbox = Outbox(loop, policy_version, eos, self._gather_tokens)
         await self._in_control_thread(self._build, weights_dir)
 
     async def stop(self) -> None:

@@ -52,6 +52,7 @@ class VllmEngine:
         dtype: str = "float32",
         fp32_head: bool = False,
         keep_kv: bool = False,
+        gather_tokens: int = 0,
         options: VllmOptions | None = None,
     ) -> None:
         self._sampling = sampling
@@ -61,6 +62,7 @@ class VllmEngine:
         self._dtype = dtype
         self._fp32_head = fp32_head
         self._keep_kv = keep_kv
+        self._gather_tokens = gather_tokens
         self._options = options or VllmOptions()
         self._engine: Any = None
         self._sink: TokenSink | None = None
@@ -74,7 +76,7 @@ class VllmEngine:
         """See ``Engine.start``. Raises ``EngineError`` when vLLM cannot serve the folder."""
         if self._engine is not None:
             raise EngineError("the engine is running already")
-        sink = TokenSink(policy_version)
+        sink = TokenSink(policy_version, self._gather_tokens)
         build = asyncio.to_thread(self._build, weights_dir, sink)
         try:
             async with asyncio.timeout(self._options.start_timeout_s):

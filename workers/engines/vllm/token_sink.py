@@ -62,10 +62,11 @@ class TokenSink:
     Requests are known by vLLM's internal ids, which it never uses twice; ours may come again.
     """
 
-    def __init__(self, policy_version: int) -> None:
+    def __init__(self, policy_version: int, gather_tokens: int = 0) -> None:
+        """``gather_tokens`` of one request are urgent, so that a crash loses no more; 0: never."""
         self.filled = asyncio.Event()
         self.urgent = asyncio.Event()
-        """A request ended: its place in the batch is free."""
+        """A request ended, so its place in the batch is free; or ``gather_tokens`` wait."""
         self.error: str | None = None
         self.prompt_tokens = 0
         self.cached_prompt_tokens = 0
@@ -73,6 +74,9 @@ class TokenSink:
         self.other_labels = 0
         """Outputs that vLLM itself labels with another version than we do."""
         self._policy_version = policy_version
+        self._gather_tokens = gather_tokens
+        self._steps = 0
+        """Steps since the last ``drain``: no request has more tokens waiting."""
         self._running: dict[str, _Request] = {}
         self._scoring: dict[str, _Scoring] = {}
         self._internal: dict[str, str] = {}
@@ -139,6 +143,10 @@ class TokenSink:
         """Called after each answer; a barrier comes this way."""
         if isinstance(stats, _Barrier):
             stats.reached.set()
+            return
+        self._steps += 1
+        if 0 < self._gather_tokens <= self._steps and self._news:
+            self.urgent.set()
 
     def propagate_error(self, error: Exception) -> None:
         """The output loop ends: EngineCore is dead, or its answer could not be read."""
@@ -166,6 +174,7 @@ class TokenSink:
         """All tokens so far, one chunk for each request and version."""
         self._take_news()
         chunks, self._chunks = self._chunks, []
+        self._steps = 0
         self.filled.clear()
         self.urgent.clear()
         return chunks
