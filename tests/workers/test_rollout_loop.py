@@ -199,6 +199,7 @@ async def test_evaluation_runs_under_the_pinned_version_only(make_world: MakeWor
     running.engine.step(20)
     await until(lambda: running.worker.session.poll.latest_version == 2, "the news of version 2")
     assert running.worker.weights.loaded_number == 1
+    await until(lambda: not running.worker.control.held_by, "the engine to be free")
     running.engine.step(20)
     await world.wait_state("finished", "e1.0", "e1.1")
     assert set((await world.record("e1.0")).policy_versions.tolist()) == {1}
@@ -228,6 +229,9 @@ async def test_a_purged_rollout_is_dropped(make_world: MakeWorld) -> None:
     running.engine.step(10)
     await until(lambda: running.engine.active == 1, "the purged one to be aborted")
     assert "g1.0" not in running.worker.store
+    await until(lambda: _has_length(world, "g2.0", 20), "what was sampled to be sent")
+    # Unsent tokens hold the engine, and one that is held does not step.
+    await until(lambda: not running.worker.control.held_by, "the engine to be free")
     running.engine.step(80)
     await world.wait_state("finished", "g2.0")
     await world.assert_balanced()
