@@ -226,11 +226,12 @@ async def test_a_purged_rollout_is_dropped(make_world: MakeWorld) -> None:
     running.engine.step(10)
     await until(lambda: len(running.worker.store) == 2, "both in hand")
     assert await world.broker.end_group(world.coordinator, "g1", "purged", "a test")
+    # Unsent tokens hold the engine, and one that is held does not step.
+    await until(lambda: not running.worker.control.held_by, "the engine to be free")
     running.engine.step(10)
     await until(lambda: running.engine.active == 1, "the purged one to be aborted")
     assert "g1.0" not in running.worker.store
     await until(lambda: _has_length(world, "g2.0", 20), "what was sampled to be sent")
-    # Unsent tokens hold the engine, and one that is held does not step.
     await until(lambda: not running.worker.control.held_by, "the engine to be free")
     running.engine.step(80)
     await world.wait_state("finished", "g2.0")
