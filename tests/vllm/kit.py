@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from collections.abc import Iterator, Sequence
@@ -95,11 +96,12 @@ def engine_kit(folders: Sequence[Path]) -> EngineKit:
 
 def engine_processes(of: int | None = None) -> list[psutil.Process]:
     """vLLM's own processes below this one, or below process ``of``."""
-    return [
-        child
-        for child in psutil.Process(of).children(recursive=True)
-        if "resource_tracker" not in " ".join(child.cmdline())
-    ]
+    found = []
+    for child in psutil.Process(of).children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # gone, or ended and not yet waited for
+            if "resource_tracker" not in " ".join(child.cmdline()):
+                found.append(child)
+    return found
 
 
 def kill(engine: VllmEngine) -> None:
