@@ -103,7 +103,6 @@ def _same(place: Place, tensor: Tensor, verdicts: dict[str, Tensor | bool], name
 def _places(model: nn.Module) -> Iterator[tuple[str, Place]]:
     """(HF name, place), module by module; a shared embedding comes up once for each use."""
     packed: Mapping[str, list[str]] = getattr(model, "packed_modules_mapping", {}) or {}
-    handled: set[int] = set()
     for name, module in model.named_modules():
         kind = type(module)
         names = [base.__name__ for base in kind.__mro__]
@@ -123,7 +122,6 @@ def _places(model: nn.Module) -> Iterator[tuple[str, Place]]:
             found = _experts(name, module)
         else:
             found = _plain(name, module)
-        handled.add(id(module))
         yield from found
     yield from _tied_heads(model)
 
@@ -230,11 +228,12 @@ def _tied_heads(model: Any) -> Iterator[tuple[str, Place]]:
 def _experts(name: str, module: Any) -> Iterator[tuple[str, Place]]:
     """Experts lie in ``w13`` [E, 2 I, H] (gate above up) and ``w2`` [E, H, I], E of this rank."""
     base = re.sub(r"\.experts(\..*)?$", ".experts", name)
+    if _kernel_packs_experts(module):
+        yield from _packed_experts(base, module)
+        return
     w13, w2 = module.w13_weight, module.w2_weight
     for expert, local in _local_experts(module):
         names = [f"{base}.{expert}.{part}_proj.weight" for part in ("gate", "up", "down")]
-        if _kernel_packs_experts(module):
-            continue
         inner = w2.shape[2]
         rank, size = _expert_ranks(module)
         rows, columns = _rows(rank * inner, inner), _columns(rank * inner, inner)
@@ -243,8 +242,6 @@ def _experts(name: str, module: Any) -> Iterator[tuple[str, Place]]:
         yield names[0], Place(rows, w13.data[local, :inner])
         yield names[1], Place(rows, w13.data[local, inner : 2 * inner])
         yield names[2], Place(columns, w2.data[local])
-    if _kernel_packs_experts(module):
-        yield from _packed_experts(base, module)
 
 
 def _local_experts(module: Any) -> list[tuple[int, int]]:

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import xxhash
 from safetensors import SafetensorError, safe_open
+
+from workers.engines import live_weights
 
 _DEVICE_SHARE = 0.25
 """``auto`` stages on the device when the weights take at most this share of its free memory."""
@@ -70,7 +71,7 @@ class Stager:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (not a dict)
                     tensor = file.get_tensor(name)
-                    staged.digests[name] = digest(tensor)
+                    staged.digests[name] = live_weights.digest(tensor, tensor.dtype)
                     staged.tensors[name] = _moved(tensor, device, stream)
         if stream is not None:
             stream.synchronize()
@@ -94,12 +95,6 @@ class Stager:
                 raise ValueError(
                     f"{name} has shape {tuple(shape)}, the model's is {tuple(self._shapes[name])}"
                 )
-
-
-def digest(tensor: torch.Tensor) -> str:
-    """xxh3_128 hex of a tensor's contiguous little-endian bytes."""
-    flat = tensor.contiguous().reshape(-1)
-    return xxhash.xxh3_128_hexdigest(flat.view(torch.uint8).numpy().data)
 
 
 def _files(folder: Path) -> list[Path]:
