@@ -107,12 +107,12 @@ def progress(steps: int) -> Iterator[Report]:
     with Progress(
         TextColumn("building the starting model"),
         BarColumn(),
-        TextColumn("{task.completed}/{task.total} loss {task.fields[loss]:.3f}"),
+        TextColumn("{task.completed}/{task.total}{task.fields[loss]}"),
         TimeRemainingColumn(),
         console=console,
     ) as bar:
-        task = bar.add_task("steps", total=steps, loss=float("nan"))
-        yield lambda step, loss: bar.update(task, completed=step, loss=loss)
+        task = bar.add_task("steps", total=steps, loss="")
+        yield lambda step, loss: bar.update(task, completed=step, loss=f" loss {loss:.3f}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

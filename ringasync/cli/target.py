@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from ringasync.broker.embedded import EmbeddedRedis, live_url
 from ringasync.config.load import config_from_json, load_config
 from ringasync.config.schema import Config
 from ringasync.errors import ConfigError
+from ringasync.runtime.joining import broker_client
 from ringasync.runtime.role import EMBEDDED_URL_FILE
 from ringasync.runtime.runfiles import claim, newest_run, read_record
 
@@ -103,14 +103,9 @@ async def broker_of(target: Target) -> AsyncIterator[Broker]:
     """
     async with AsyncExitStack() as stack:
         url = target.redis_url or await stack.enter_async_context(_reading(target))
-        broker = await Broker.connect(
-            url,
-            target.name,
-            password=os.environ.get("RINGASYNC_REDIS_PASSWORD"),
-            connect_timeout_s=PATIENCE_S,
-            retry_budget_s=PATIENCE_S,
+        broker = await stack.enter_async_context(
+            broker_client(url, target.name, PATIENCE_S, PATIENCE_S)
         )
-        stack.push_async_callback(broker.close)
         await broker.run_meta()  # refuses when there is no such run
         yield broker
 

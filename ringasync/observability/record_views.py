@@ -110,11 +110,18 @@ def _fields(fields: Mapping[str, str], group: Mapping[str, str] | None) -> Rende
     grid.add_column(style="dim")
     for name in _SHOWN_FIELDS:
         if fields.get(name):
-            grid.add_row(Text(name), plain(fields[name]))
+            shown = _state(fields, group) if name == "state" else fields[name]
+            grid.add_row(Text(name), plain(shown))
     for name in ("state", "domain", "prompt", "reason"):
         if group and group.get(name):
             grid.add_row(Text(f"group's {name}"), plain(group[name]))
     return grid
+
+
+def _state(fields: Mapping[str, str], group: Mapping[str, str] | None) -> str:
+    """A rollout's own state ends at ``taken``, with its payload; the rest is its group's."""
+    ended = group is not None and fields["state"] == "taken" and group.get("state") == "trained"
+    return "trained" if ended else fields["state"]
 
 
 def _sample(sample: Mapping[str, Any]) -> RenderableType:

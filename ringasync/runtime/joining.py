@@ -21,13 +21,25 @@ log = get_logger()
 
 @asynccontextmanager
 async def connected(config: Config, url: str) -> AsyncIterator[Broker]:
-    """A broker client of this run, closed at the end; the password comes from the environment."""
+    """A broker client of this run, closed at the end."""
+    settings = config.redis
+    async with broker_client(
+        url, config.run.name, settings.connect_timeout_s, settings.retry_budget_s
+    ) as broker:
+        yield broker
+
+
+@asynccontextmanager
+async def broker_client(
+    url: str, run: str, connect_timeout_s: float, retry_budget_s: float
+) -> AsyncIterator[Broker]:
+    """A broker client, closed at the end; the password comes from the environment."""
     broker = await Broker.connect(
         url,
-        config.run.name,
+        run,
         password=os.environ.get(PASSWORD_VARIABLE),
-        connect_timeout_s=config.redis.connect_timeout_s,
-        retry_budget_s=config.redis.retry_budget_s,
+        connect_timeout_s=connect_timeout_s,
+        retry_budget_s=retry_budget_s,
     )
     try:
         yield broker

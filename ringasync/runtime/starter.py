@@ -10,6 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.console import Console
+
 from ringasync.errors import RingError
 from ringasync.runtime.process import describe_exit, thread_environment
 from ringasync.runtime.roles import STARTER_MODULE, override_arguments
@@ -49,6 +51,7 @@ async def build_starter(command: Sequence[str], threads: int, shutdown: Shutdown
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             await asyncio.wait({building})
+            Console(stderr=True).show_cursor()  # its progress bar had hidden it
     named = [line.strip() for line in stdout.decode("utf-8", "replace").splitlines()]
     folder = next((Path(line) for line in reversed(named) if line), None)
     if process.returncode != 0 or folder is None or not folder.is_dir():

@@ -98,6 +98,7 @@ class Up:
         config, options = self._config, self._options
         model = await self._model(url)
         if model is None:
+            say("stopped before the starting model was built; the same command builds it anew")
             return EXIT_INTERRUPTED
         place = Place(options.config_path, options.overrides, url, model)
         self._record(url, model).write(config.run_dir)

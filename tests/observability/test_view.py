@@ -223,6 +223,9 @@ def test_inspect_tells_who_when_which_version_and_why() -> None:
     shown = _shown(render_inspect("g1.0", {"state": "graded", "tokens": "64"}, history))
     for expected in ("g1.0", "w-1", "3-4", "drain", "2.5 s", "reward 0.5", "64"):
         assert expected in shown
+    taken, ended = {"state": "taken"}, {"state": "trained"}
+    assert "trained" not in _shown(render_inspect("g1.0", taken, [], {"state": "taken"}))
+    assert "taken" not in _shown(render_inspect("g1.0", taken, [], ended))
     assert "nothing is known of g9.9" in _shown(render_inspect("g9.9", None, []))
 
 

@@ -150,3 +150,37 @@ def test_signal_during_start_ends_with_130_or_before(
         run.process.send_signal(number)
         assert run.finish()[0] == 130
         assert live_url(run.redis_folder) is None
+
+
+def test_ctrl_c_while_the_starting_model_is_built_says_so(tmp_path: Path) -> None:
+    config = tmp_path / "small.toml"
+    text = TEXT.format(runs=tmp_path / "runs", model="starter")
+    config.write_text(text + 'dataset = "linear_equation"\n', encoding="utf-8")
+    cache = tmp_path / "cache"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ringasync", "up", str(config)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "RINGASYNC_CACHE": str(cache)},
+    )
+    try:
+        deadline = time.monotonic() + DEADLINE_S
+        while not list(cache.glob("starter/.building-*")):
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.05)
+        builder = next(
+            child
+            for child in psutil.Process(process.pid).children()
+            if "learner.starter" in " ".join(child.cmdline())
+        )
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=DEADLINE_S)
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+    assert process.returncode == 130
+    assert "before the starting model was built" in out
+    assert gone(builder.pid)

@@ -37,7 +37,10 @@ def output(
     return SimpleNamespace(
         request_id=internal,
         new_token_ids=list(tokens),
-        new_logprobs=SimpleNamespace(logprobs=np.array([[x] for x in logprobs], np.float32)),
+        new_logprobs=SimpleNamespace(
+            logprobs=np.array([[x] for x in logprobs], np.float32).reshape(-1, 1),
+            cu_num_generated_tokens=None,
+        ),
         finish_reason=finish,
         **fields,
     )

@@ -28,7 +28,7 @@ from workers.engines.base import (
     ScoreRequest,
     TokenChunk,
 )
-from workers.engines.vllm import arguments, compat, plugin
+from workers.engines.vllm import arguments, compat, packing, plugin
 from workers.engines.vllm.options import VllmOptions
 from workers.engines.vllm.token_sink import TokenSink
 
@@ -298,7 +298,8 @@ class VllmEngine:
 
         try:
             wanted = compat.known_engine_args(self._arguments(weights_dir))
-            return make_async_llm(AsyncEngineArgs(**wanted), sink)
+            with packing.asked_for(self._options.pack_logprobs):
+                return make_async_llm(AsyncEngineArgs(**wanted), sink)
         except Exception as error:  # vLLM raises nearly anything on a folder it cannot load
             raise EngineError(f"vLLM cannot serve {weights_dir}: {error}") from error
 

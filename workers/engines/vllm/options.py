@@ -28,6 +28,8 @@ class VllmOptions:
     seeded_requests: bool = False
     """Draw each request from a generator of its own (repeatable whatever else is in the batch); on
     a GPU the sampler then goes row by row, which is slow with hundreds of rollouts."""
+    pack_logprobs: bool = True
+    """Let a step's log-probs travel as one array; ``False`` leaves vLLM's scheduler as it is."""
     staging: Literal["auto", "device", "host"] = "auto"
     load: Literal["auto", "layerwise", "direct"] = "auto"
     """How staged weights get into the live model: by vLLM's layerwise reload, or copied straight

@@ -1,7 +1,8 @@
 """What vLLM loads in every process of its own, by the entry point ``vllm.general_plugins``.
 
-It registers the weight transfer engine, and it sees to it that no process of an engine outlives the
-worker that started it: EngineCore does not notice a SIGKILL of its parent and would hold the GPU.
+It registers the weight transfer engine, lets the scheduler pack log-probs, and sees to it that no
+process of an engine outlives the worker that started it: EngineCore does not notice a SIGKILL of
+its parent and would hold the GPU.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import os
 import select
 import signal
 import threading
+
+from workers.engines.vllm import packing
 
 OWNER_VARIABLE = "RINGASYNC_ENGINE_OWNER"
 """Process id of the rollout worker; vLLM's processes end when it ends."""
@@ -23,6 +26,7 @@ _watching = threading.Lock()
 def register() -> None:
     """Register the transfer engine and watch the owner; may be called often."""
     watch_owner()
+    packing.install()
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
     with contextlib.suppress(ValueError):  # registered already

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from workers.engines.base import EngineFinish, TokenChunk
+from workers.engines.vllm.packing import StepLogprobs
 
 _STOP, _LENGTH, _ABORT = 0, 1, 2  # vllm.v1.engine.FinishReason
 
@@ -74,6 +75,7 @@ class TokenSink:
         self.other_labels = 0
         """Outputs that vLLM itself labels with another version than we do."""
         self._policy_version = policy_version
+        self._logprobs = StepLogprobs()
         self._gather_tokens = gather_tokens
         self._steps = 0
         """Steps since the last ``drain``: no request has more tokens waiting."""
@@ -105,6 +107,7 @@ class TokenSink:
             self.other_labels += len(outputs)
         for output in outputs:
             internal_id = output.request_id
+            logprobs = self._logprobs.of(output)
             request = running.get(internal_id)
             if request is None:
                 self._note_score(internal_id, output)
@@ -112,8 +115,7 @@ class TokenSink:
             tokens = output.new_token_ids
             if tokens:
                 request.tokens += tokens
-                # [tokens, 1]: with logprobs=0 the one column is the sampled token's.
-                request.logprobs += output.new_logprobs.logprobs[:, 0].tolist()
+                request.logprobs += logprobs
                 news[internal_id] = request
             if output.prefill_stats is not None:
                 self._count_prefill(output.prefill_stats)
