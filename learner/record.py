@@ -13,9 +13,10 @@ from learner.algorithms.selection import Candidate, Selected
 from learner.batch import BatchItem, TrainBatch
 from ringasync import SCHEMA_VERSION
 from ringasync.broker.types import RawGroup, RawRollout, TrainedTokens
-from ringasync.errors import JournalError
+from ringasync.errors import JournalError, SchemaError
+from ringasync.records.routing import RoutedRows, last_rows
 from ringasync.records.segment import decode_segment
-from ringasync.records.trajectory import Trajectory, join_segments
+from ringasync.records.trajectory import FlatResponse, Trajectory, join_segments
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +130,20 @@ def decode_rollout(
         reward=rollout.reward,
         finish_reason=rollout.finish_reason,
         retention=rollout.retention,
+        routed_experts=_rows_by_position(flat, len(prompt_ids)),
     )
+
+
+def _rows_by_position(flat: FlatResponse, prompt_tokens: int) -> RoutedRows | None:
+    rows = flat.routed_experts
+    if rows is None:
+        return None
+    wanted = prompt_tokens - 1 + flat.token_ids.shape[0]
+    if rows.shape[0] > wanted:
+        raise SchemaError(
+            f"rollout has {rows.shape[0]} rows of routed experts, but {wanted} positions were read"
+        )
+    return last_rows(rows, wanted)
 
 
 def candidate(trajectory: Trajectory) -> Candidate:

@@ -12,6 +12,7 @@ from learner.backends.base import StepResult
 from learner.batch import TrainBatch
 from learner.record import BatchRecord
 from ringasync.config.schema import LossConfig
+from ringasync.records.routing import known_rows, last_rows
 
 
 @dataclass(slots=True)
@@ -57,7 +58,8 @@ def step_metrics(done: TrainedStep, loss: LossConfig, policy_version: int) -> di
     """All metrics of a step; ``policy_version`` is the newest published one after it.
 
     ``train_reward`` and lengths are over the batch's trajectories; ``budget_fill`` is trained
-    tokens over Phi; ``tokens_masked`` the tail that the budget cut.
+    tokens over Phi; ``tokens_masked`` the tail that the budget cut. With ``loss.routing_replay``
+    also how many trained tokens had their logits from the experts that sampled them.
     """
     record, batch, times = done.record, done.batch, done.times
     rewards = [item.trajectory.reward for item in batch.items]
@@ -86,9 +88,26 @@ def step_metrics(done: TrainedStep, loss: LossConfig, policy_version: int) -> di
         "response_length_p95": float(np.quantile(lengths, 0.95)) if lengths else None,
         "versions_per_rollout_mean": _versions_per_rollout(batch),
         "reward_by_domain": _reward_by_domain(batch),
+        **(_replay_metrics(batch) if loss.routing_replay else {}),
         **mismatch_report(done.result.tokens, mask_low=loss.mask_low, mask_high=loss.mask_high),
         **timing,
         "tokens_per_s": trained / step_s if step_s > 0 else None,
+    }
+
+
+def _replay_metrics(batch: TrainBatch) -> dict[str, Any]:
+    replayed = 0
+    for item in batch.items:
+        rows = item.trajectory.routed_experts
+        if rows is not None:
+            own = last_rows(rows, item.trajectory.num_tokens)
+            replayed += int(known_rows(own)[item.trained_mask].sum())
+    unknown = batch.trained_tokens - replayed
+    share = replayed / batch.trained_tokens if batch.trained_tokens else None
+    return {
+        "tokens_routing_replayed": replayed,
+        "tokens_routing_unknown": unknown,
+        "routing_replayed_share": share,
     }
 
 

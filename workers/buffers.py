@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ringasync.broker.types import AppendItem, Lease
+from ringasync.records.routing import RoutedRows, join_rows, last_rows
 from ringasync.records.segment import Segment, encode_segment, policy_segment
 from ringasync.records.states import FinishReason
 from ringasync.records.trajectory import join_segments
@@ -28,6 +29,17 @@ class _Run:
     policy_version: int
     token_ids: list[int]
     behavior_logprobs: list[float]
+    routed: list[tuple[int, RoutedRows | None]] = field(default_factory=list)
+    """Of each chunk: its tokens and their routed experts."""
+
+    def segment(self, start: int) -> Segment:
+        """The segment of these tokens. Raises ``SchemaError`` on routing of several shapes."""
+        rows = join_rows(self.routed)
+        if rows is not None and start > 0:
+            rows = last_rows(rows, len(self.token_ids))
+        return policy_segment(
+            start, self.policy_version, self.token_ids, self.behavior_logprobs, rows
+        )
 
 
 @dataclass(slots=True)
@@ -61,6 +73,7 @@ class LocalRollout:
                 self.runs.append(_Run(chunk.policy_version, [], []))
             self.runs[-1].token_ids.extend(chunk.token_ids)
             self.runs[-1].behavior_logprobs.extend(chunk.behavior_logprobs)
+            self.runs[-1].routed.append((len(chunk.token_ids), chunk.routed_experts))
         if chunk.finish is not None:
             self.finish = FinishReason(chunk.finish)
 
@@ -92,11 +105,7 @@ class LocalRollout:
             run = self.runs[0]
             if run.policy_version != held_version:
                 self.runs.popleft()
-                self.outstanding = self._item(
-                    policy_segment(
-                        self.length, run.policy_version, run.token_ids, run.behavior_logprobs
-                    )
-                )
+                self.outstanding = self._item(run.segment(self.length))
         return self.outstanding
 
     def _item(self, segment: Segment) -> AppendItem:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from learner.algorithms.policy_loss import Normalizer, token_denominators
+from learner.backends.routing_replay import pad_routing
 from learner.batch import BatchItem, TrainBatch
 
 
@@ -21,7 +22,8 @@ class MicroBatch:
     looks at it). ``rows`` and ``columns`` int64 [N] say where in the logits a token is predicted;
     ``targets`` int64 [N] is that token. The other [N] tensors follow it: ``behavior_logprobs``,
     ``advantages``, ``inverse_denominators`` float32, ``ages`` int64. ``owners`` names the rollout
-    of each row.
+    of each row. ``routed_experts`` int32 [B, L, layers, experts a token] says which experts ran at
+    each input position, -1 where that is not known; None where nothing is to be replayed.
     """
 
     input_ids: Tensor
@@ -33,6 +35,7 @@ class MicroBatch:
     inverse_denominators: Tensor
     ages: Tensor
     owners: tuple[str, ...]
+    routed_experts: Tensor | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on ``device``."""
@@ -46,17 +49,23 @@ class MicroBatch:
             self.inverse_denominators.to(device),
             self.ages.to(device),
             self.owners,
+            None if self.routed_experts is None else self.routed_experts.to(device),
         )
 
 
 def collate(
-    batch: TrainBatch, *, microbatch_tokens: int, normalizer: Normalizer, pad_id: int = 0
+    batch: TrainBatch,
+    *,
+    microbatch_tokens: int,
+    normalizer: Normalizer,
+    pad_id: int = 0,
+    routing: bool = False,
 ) -> list[MicroBatch]:
     """Split a batch into micro-batches of at most ``microbatch_tokens`` padded tokens.
 
     A row longer than that is alone in its micro-batch. Rows are sorted by length, so little is
     padded; they end at their last trained token. Denominators are those of the whole batch, so the
-    sum over micro-batches is exact whatever the split.
+    sum over micro-batches is exact whatever the split. ``routing``: with the recorded experts.
     """
     lengths = [item.trajectory.num_policy_tokens for item in batch.items]
     denominators = token_denominators(
@@ -69,7 +78,7 @@ def collate(
     ]
     sizes = [_row_tokens(item) for item, _ in entries]
     return [
-        _collate_rows([entries[index] for index in chosen], batch, pad_id)
+        _collate_rows([entries[index] for index in chosen], batch, pad_id, routing)
         for chosen in plan_microbatches(sizes, microbatch_tokens)
     ]
 
@@ -101,7 +110,7 @@ def _row_tokens(item: BatchItem) -> int:
 
 
 def _collate_rows(
-    entries: Sequence[tuple[BatchItem, float]], batch: TrainBatch, pad_id: int
+    entries: Sequence[tuple[BatchItem, float]], batch: TrainBatch, pad_id: int, routing: bool
 ) -> MicroBatch:
     inputs: list[np.ndarray] = []
     parts: list[tuple[np.ndarray, ...]] = []
@@ -126,8 +135,11 @@ def _collate_rows(
         )
     joined = [torch.from_numpy(np.concatenate(column)) for column in zip(*parts, strict=True)]
     rows, columns, targets, behavior, advantages, inverse, ages = joined
+    input_ids = pad_rows(inputs, pad_id)
+    recorded = [item.trajectory.routed_experts if routing else None for item, _ in entries]
+    experts = pad_routing(recorded, input_ids.shape[1])
     return MicroBatch(
-        pad_rows(inputs, pad_id),
+        input_ids,
         rows,
         columns,
         targets,
@@ -136,4 +148,5 @@ def _collate_rows(
         inverse,
         ages,
         tuple(item.trajectory.rollout_id for item, _ in entries),
+        None if experts is None else torch.from_numpy(experts),
     )

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ringasync.errors import TrainingError
+from ringasync.records.routing import RoutedRows, signed_rows
 
 UNKNOWN = -1
 """Stands where the engine's choice is not known; the model then routes that token itself."""
@@ -41,18 +42,30 @@ class RoutingRecord:
         return stacked.reshape(rows, -1, *stacked.shape[1:])
 
 
-def pad_routing(
-    routings: Sequence[npt.NDArray[np.integer[Any]]], width: int
-) -> npt.NDArray[np.int64]:
-    """int64 [B, width, L, K] from arrays [T_i, L, K], cut or filled with ``UNKNOWN`` on the right.
+def pad_routing(routings: Sequence[RoutedRows | None], width: int) -> npt.NDArray[np.int32] | None:
+    """int32 [B, width, L, K] from rows [R_i, L, K] by input position (``records.routing``).
 
-    An engine gives no row for the last token of a sequence: it was sampled, but not read.
+    They are cut or filled with ``UNKNOWN`` on the right, as is a sequence without any; None when no
+    sequence has some. Raises ``TrainingError`` when sequences differ in L or K.
     """
-    layers, experts = routings[0].shape[1:]
-    padded = np.full((len(routings), width, layers, experts), UNKNOWN, np.int64)
+    shapes = sorted({one.shape[1:] for one in routings if one is not None})
+    if not shapes:
+        return None
+    if len(shapes) > 1:
+        raise TrainingError(f"routed experts of one batch differ in shape [L, K]: {shapes}")
+    padded = np.full((len(routings), width, *shapes[0]), UNKNOWN, np.int32)
     for row, one in enumerate(routings):
-        padded[row, : one.shape[0]] = one[:width]
+        if one is not None:
+            padded[row, : one.shape[0]] = signed_rows(one[:width])
     return padded
+
+
+def require_routers(model: nn.Module) -> None:
+    """Raise ``TrainingError`` unless the routing of ``model`` can be replayed."""
+    try:
+        _routers(model)
+    except TrainingError as error:
+        raise TrainingError(f"loss.routing_replay = true: {error}; set it to false") from None
 
 
 @contextmanager
@@ -69,7 +82,8 @@ def replayed_routing(model: nn.Module, experts: Tensor) -> Iterator[None]:
     routers = _routers(model)
     chosen = experts.to(device=next(model.parameters()).device, dtype=torch.int64)
     columns = _columns(routers, chosen, model)
-    _check(chosen, next(iter(routers.values())))
+    # Columns of dense layers say nothing: vLLM leaves zeros there.
+    _check(chosen[:, :, columns], next(iter(routers.values())))
     handles = [
         router.register_forward_hook(partial(_replay, chosen[:, :, column].flatten(0, 1)))
         for router, column in zip(routers.values(), columns, strict=True)

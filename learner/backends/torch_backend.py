@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from learner.backends.experts import use_autocast_experts
 from learner.backends.export import export_hf
 from learner.backends.heads import use_float32_head
 from learner.backends.routers import freeze_routers
+from learner.backends.routing_replay import replayed_routing, require_routers
 from learner.backends.torch_state import export_state, import_state
 from learner.batch import TrainBatch
 from learner.devices import resolve_device
@@ -69,6 +71,8 @@ class TorchBackend:
         use_autocast_experts(self._model)
         if settings.head_dtype == "float32" and settings.dtype != torch.float32:
             use_float32_head(self._model, settings.dtype)
+        if settings.loss.routing_replay:
+            require_routers(self._model)
         freeze_routers(self._model, settings.learner.freeze_router)
         self._params = [each for each in self._model.parameters() if each.requires_grad]
         groups: list[dict[str, Any]] = [
@@ -125,7 +129,10 @@ class TorchBackend:
         micro_batches = [
             micro.to(self._device)
             for micro in collate(
-                batch, microbatch_tokens=learner.microbatch_tokens, normalizer=loss.normalizer
+                batch,
+                microbatch_tokens=learner.microbatch_tokens,
+                normalizer=loss.normalizer,
+                routing=loss.routing_replay,
             )
         ]
         proximal: list[Tensor] | None = None
@@ -190,9 +197,11 @@ class TorchBackend:
     def _token_logprobs(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
         """Log-probs fp32 [N] (with gradient when enabled) and entropy [N] of the trained tokens.
 
-        Raises ``NonFiniteLogprobError`` when a log-prob is NaN or infinite.
+        Where the batch has routed experts, the forward runs those. Raises ``NonFiniteLogprobError``
+        when a log-prob is NaN or infinite.
         """
-        logits = self._logits(micro.input_ids, micro.rows, micro.columns)
+        with self._replay(micro):
+            logits = self._logits(micro.input_ids, micro.rows, micro.columns)
         logits = logits / self._settings.temperature
         logprobs = _gather_logprobs(logits, micro.targets)
         bad = ~torch.isfinite(logprobs.detach())
@@ -208,6 +217,11 @@ class TorchBackend:
                 return logprobs, torch.full_like(logprobs, float("nan"))
             distribution = logits.log_softmax(-1)
             return logprobs, -(distribution.exp() * distribution).sum(-1)
+
+    def _replay(self, micro: MicroBatch) -> AbstractContextManager[None]:
+        if micro.routed_experts is None:
+            return nullcontext()
+        return replayed_routing(self._model, micro.routed_experts)
 
     def _logits(self, input_ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         """Logits fp32 [N, vocab] at the given places; columns outside them are not computed."""

@@ -232,6 +232,9 @@ class LossConfig(_Section):
     clip_high: float = Field(0.2, gt=0)
     normalizer: Literal["budget", "sequence"] = "budget"
     advantage_std: bool = True
+    routing_replay: bool = False
+    """MoE: workers record which experts ran for each token, and the learner's training forwards run
+    the same ones. Qwen3-MoE and vLLM only; see docs/moe.md for what the records then weigh."""
 
     @model_validator(mode="after")
     def _band(self) -> Self:
@@ -321,7 +324,11 @@ class Config(_Section):
     @model_validator(mode="after")
     def _possible(self) -> Self:
         """Refuse pairs that cannot work together; all of them are named."""
-        problems = [*self._impossible_lengths(), *self._impossible_schedule()]
+        problems = [
+            *self._impossible_lengths(),
+            *self._impossible_schedule(),
+            *self._impossible_replay(),
+        ]
         if problems:
             raise ValueError("\n  ".join(problems))
         return self
@@ -357,6 +364,20 @@ class Config(_Section):
             yield (
                 f"worker.session_ttl_ms ({worker.session_ttl_ms}) must be at least three times "
                 f"worker.heartbeat_ms ({worker.heartbeat_ms}), or one late heartbeat ends a session"
+            )
+
+    def _impossible_replay(self) -> Iterator[str]:
+        if not self.loss.routing_replay:
+            return
+        if self.worker.engine != "vllm":
+            yield (
+                f'loss.routing_replay = true needs worker.engine = "vllm": the {self.worker.engine}'
+                " engine does not return routed experts"
+            )
+        if self.model.path == "starter" and self.starter.architecture != "qwen3_moe":
+            yield (
+                'loss.routing_replay = true needs starter.architecture = "qwen3_moe": a dense model'
+                " has no routing"
             )
 
     @property

@@ -3,6 +3,7 @@
 A segment is one element of the Redis list ``ring:{run}:seg:ROLLOUT``: a msgpack map with raw
 little-endian arrays inside, about 6 bytes a token for vocabularies below 65,536 and 8 above.
 Log-probs stay fp32: a half-precision round trip would be exponentiated by the mismatch ratio.
+Routed experts (see ``routing``) come on top only where they were asked for.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy.typing as npt
 
 from ringasync import SCHEMA_VERSION
 from ringasync.errors import SchemaError
+from ringasync.records.routing import RoutedRows, check_rows, pack_rows, unpack_rows
 
 SegmentKind = Literal["policy", "environment"]
 _KIND_CODES: dict[SegmentKind, int] = {"policy": 0, "environment": 1}
@@ -31,6 +33,7 @@ class Segment:
     Shapes: ``token_ids`` int32 [T], ``behavior_logprobs`` float32 [T] (``[0]`` for
     ``environment`` segments, which are never trained and not in the ledger).
     ``start`` is the offset of the first token in the response, environment tokens included.
+    ``routed_experts``: uint8 or uint16 [R, L, K], R >= T, as ``routing`` says; None: not recorded.
     """
 
     kind: SegmentKind
@@ -38,6 +41,7 @@ class Segment:
     policy_version: int
     token_ids: npt.NDArray[np.int32]
     behavior_logprobs: npt.NDArray[np.float32]
+    routed_experts: RoutedRows | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -51,7 +55,11 @@ class Segment:
 
 
 def policy_segment(
-    start: int, policy_version: int, token_ids: Sequence[int], behavior_logprobs: Sequence[float]
+    start: int,
+    policy_version: int,
+    token_ids: Sequence[int],
+    behavior_logprobs: Sequence[float],
+    routed_experts: RoutedRows | None = None,
 ) -> Segment:
     """Build a ``policy`` segment from plain sequences of equal length."""
     return Segment(
@@ -60,6 +68,7 @@ def policy_segment(
         policy_version,
         np.asarray(token_ids, dtype=np.int32),
         np.asarray(behavior_logprobs, dtype=np.float32),
+        routed_experts,
     )
 
 
@@ -68,7 +77,7 @@ def encode_segment(segment: Segment) -> bytes:
     _check(segment)
     short = bool(segment.num_tokens) and int(segment.token_ids.max()) <= _MAX_SHORT_ID
     ids = segment.token_ids.astype("<u2" if short else "<i4")
-    fields = {
+    fields: dict[str, Any] = {
         "schema": SCHEMA_VERSION,
         "k": _KIND_CODES[segment.kind],
         "s": segment.start,
@@ -78,6 +87,8 @@ def encode_segment(segment: Segment) -> bytes:
         "t": ids.tobytes(),
         "l": segment.behavior_logprobs.astype("<f4").tobytes(),
     }
+    if segment.routed_experts is not None:
+        fields["e"] = pack_rows(segment.routed_experts)
     return bytes(msgpack.packb(fields))
 
 
@@ -99,6 +110,7 @@ def decode_segment(payload: bytes) -> Segment:
             _whole(fields, "v"),
             np.frombuffer(fields["t"], dtype=width).astype(np.int32),
             np.frombuffer(fields["l"], dtype="<f4").astype(np.float32),
+            unpack_rows(fields["e"]) if "e" in fields else None,
         )
         declared = _whole(fields, "n")
     except (KeyError, TypeError, ValueError) as error:
@@ -129,3 +141,7 @@ def _check(segment: Segment) -> None:
         )
     if not bool(np.isfinite(segment.behavior_logprobs).all()):
         raise SchemaError("segment holds a log-prob that is NaN or infinite")
+    if segment.routed_experts is not None:
+        if segment.kind != "policy":
+            raise SchemaError(f"{segment.kind} segment holds routed experts")
+        check_rows(segment.routed_experts, segment.num_tokens, segment.start)

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ringasync.errors import SchemaError
+from ringasync.records.routing import RoutedRows, join_rows
 from ringasync.records.segment import Segment
 
 
@@ -19,7 +20,8 @@ class Trajectory:
     All response arrays have length T: ``token_ids`` int32, ``behavior_logprobs`` float32 (0 at
     environment tokens), ``policy_versions`` int32 (the version that sampled each token),
     ``loss_mask`` bool (True at policy tokens). ``prompt_ids`` is int32 [P]. ``reward`` is the
-    verifier's, ``retention`` the rounds it was carried over.
+    verifier's, ``retention`` the rounds it was carried over. ``routed_experts`` is uint8 or uint16
+    [P - 1 + T, L, K], row i that of input position i (see ``routing``); None: not recorded.
     """
 
     rollout_id: str
@@ -33,6 +35,7 @@ class Trajectory:
     reward: float
     finish_reason: str
     retention: int = 0
+    routed_experts: RoutedRows | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -61,16 +64,23 @@ class TrajectoryGroup:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FlatResponse:
-    """A rollout's segments joined: arrays of one length T, see ``Trajectory``."""
+    """A rollout's segments joined: arrays of one length T, see ``Trajectory``.
+
+    ``routed_experts`` has the rows of the T tokens last, before them what context rows there are.
+    """
 
     token_ids: npt.NDArray[np.int32]
     behavior_logprobs: npt.NDArray[np.float32]
     policy_versions: npt.NDArray[np.int32]
     loss_mask: npt.NDArray[np.bool_]
+    routed_experts: RoutedRows | None = None
 
 
 def join_segments(segments: Sequence[Segment]) -> FlatResponse:
-    """Join segments in order. Raises ``SchemaError`` on a gap, an overlap or a falling version."""
+    """Join segments in order.
+
+    Raises ``SchemaError`` on a gap, an overlap, a falling version or routing of several shapes.
+    """
     position, version = 0, 0
     for segment in segments:
         if segment.start != position:
@@ -99,4 +109,5 @@ def join_segments(segments: Sequence[Segment]) -> FlatResponse:
         ),
         np.concatenate([np.full(s.num_tokens, s.policy_version, np.int32) for s in segments]),
         np.concatenate([np.full(s.num_tokens, s.kind == "policy", np.bool_) for s in segments]),
+        join_rows([(s.num_tokens, s.routed_experts) for s in segments]),
     )

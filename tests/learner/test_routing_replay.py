@@ -192,18 +192,25 @@ def test_columns_may_count_dense_layers_too() -> None:
         expected = logprobs(model)
     chosen = record.experts(ROWS)
     assert chosen.shape[2] == 2
-    every = torch.full((ROWS, WIDTH, 3, 2), UNKNOWN)
-    every[:, :, [0, 2]] = chosen
-    with torch.no_grad(), replayed_routing(model, every):
-        assert torch.equal(logprobs(model), expected)
+    for dense in (UNKNOWN, 0):  # vLLM leaves zeros, which as a choice would be one expert twice
+        every = torch.full((ROWS, WIDTH, 3, 2), dense)
+        every[:, :, [0, 2]] = chosen
+        with torch.no_grad(), replayed_routing(model, every):
+            assert torch.equal(logprobs(model), expected)
 
 
 def test_padding_cuts_and_fills() -> None:
-    long, short = np.arange(8).reshape(4, 1, 2), np.array([[[5, 6]]])
-    padded = pad_routing([long, short], 3)
-    assert padded.shape == (2, 3, 1, 2)
+    long = np.arange(8, dtype=np.uint8).reshape(4, 1, 2)
+    short = np.array([[[5, 255]]], np.uint8)
+    padded = pad_routing([long, None, short], 3)
+    assert padded is not None
+    assert padded.shape == (3, 3, 1, 2)
     assert padded[0].tolist() == [[[0, 1]], [[2, 3]], [[4, 5]]]
-    assert padded[1].tolist() == [[[5, 6]], [[-1, -1]], [[-1, -1]]]
+    assert padded[1].tolist() == [[[-1, -1]], [[-1, -1]], [[-1, -1]]]
+    assert padded[2].tolist() == [[[5, -1]], [[-1, -1]], [[-1, -1]]]
+    assert pad_routing([None, None], 3) is None
+    with pytest.raises(TrainingError, match="differ in shape"):
+        pad_routing([long, np.zeros((4, 2, 2), np.uint8)], 3)
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,14 @@ recomputed under the new weights (``kv="recompute"``), so that ``behavior_logpro
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from ringasync.records.routing import RoutedRows
 
 EngineFinish = Literal["stop", "length"]
 
@@ -49,6 +51,9 @@ class TokenChunk:
     ``behavior_logprobs`` are natural logs of the sampling distribution (after temperature), fp32,
     one for each token id. ``finish`` is set on the last chunk, whose ``token_ids`` may be empty.
     ``stop`` means an EOS token was sampled; it is the last id of the request's tokens.
+    ``routed_experts``, of engines asked for it: uint8 or uint16 [R, L, K], the last rows those of
+    these tokens, as ``ringasync.records.routing`` says; the rows of the context come before them
+    in the first chunk of a request without a prefix.
     """
 
     request_id: str
@@ -56,6 +61,7 @@ class TokenChunk:
     behavior_logprobs: tuple[float, ...]
     policy_version: int
     finish: EngineFinish | None = None
+    routed_experts: RoutedRows | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

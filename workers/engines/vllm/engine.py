@@ -34,6 +34,10 @@ from workers.engines.vllm.token_sink import TokenSink
 
 _ALIVE_CHECK_S = 1.0
 _STAGE_POLL_S = 0.02
+_ROUTED_REMEDY = (
+    ". It was asked for routed experts, which not every vLLM and device can return: "
+    "loss.routing_replay = false does without them"
+)
 T = TypeVar("T")
 
 log = get_logger()
@@ -53,6 +57,7 @@ class VllmEngine:
         fp32_head: bool = False,
         keep_kv: bool = False,
         gather_tokens: int = 0,
+        routed_experts: bool = False,
         options: VllmOptions | None = None,
     ) -> None:
         self._sampling = sampling
@@ -63,6 +68,7 @@ class VllmEngine:
         self._fp32_head = fp32_head
         self._keep_kv = keep_kv
         self._gather_tokens = gather_tokens
+        self._routed_experts = routed_experts
         self._options = options or VllmOptions()
         self._engine: Any = None
         self._sink: TokenSink | None = None
@@ -86,6 +92,8 @@ class VllmEngine:
                 f"vLLM did not start within {self._options.start_timeout_s} s"
             ) from None
         self._sink = sink
+        if self._routed_experts:
+            sink.routed_shape = compat.routed_shape(self._engine.model_config)
         vocabulary = self._engine.model_config.get_vocab_size()
         self._stop_ids = [token for token in self._sampling.eos_token_ids if token < vocabulary]
         # Built outside the loop, it did not begin to listen; a dead EngineCore must be heard.
@@ -120,6 +128,7 @@ class VllmEngine:
                         self._sampling.temperature,
                         self._stop_ids,
                         self._seed if self._options.seeded_requests else None,
+                        routed_experts=self._routed_experts,
                     ),
                 )
             )
@@ -301,7 +310,8 @@ class VllmEngine:
             with packing.asked_for(self._options.pack_logprobs):
                 return make_async_llm(AsyncEngineArgs(**wanted), sink)
         except Exception as error:  # vLLM raises nearly anything on a folder it cannot load
-            raise EngineError(f"vLLM cannot serve {weights_dir}: {error}") from error
+            remedy = _ROUTED_REMEDY if self._routed_experts else ""
+            raise EngineError(f"vLLM cannot serve {weights_dir}: {error}{remedy}") from error
 
     def _arguments(self, weights_dir: Path) -> dict[str, Any]:
         return arguments.engine_arguments(
@@ -312,6 +322,7 @@ class VllmEngine:
             dtype=self._dtype,
             seed=self._seed,
             fp32_head=self._fp32_head,
+            routed_experts=self._routed_experts,
         )
 
     # Helpers.

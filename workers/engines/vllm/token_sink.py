@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ringasync.records.routing import RoutedRows
 from workers.engines.base import EngineFinish, TokenChunk
 from workers.engines.vllm.packing import StepLogprobs
+from workers.engines.vllm.routed_experts import RoutedShape
 
 _STOP, _LENGTH, _ABORT = 0, 1, 2  # vllm.v1.engine.FinishReason
 
@@ -30,6 +32,8 @@ class _Request:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish: EngineFinish | None = None
+    routed: list[RoutedRows] = field(default_factory=list)
+    has_context_rows: bool = False
 
 
 @dataclass(slots=True)
@@ -74,6 +78,8 @@ class TokenSink:
         """Of them, those whose KV the prefix cache had."""
         self.other_labels = 0
         """Outputs that vLLM itself labels with another version than we do."""
+        self.routed_shape: RoutedShape | None = None
+        """Set where the engine was asked for routed experts."""
         self._policy_version = policy_version
         self._logprobs = StepLogprobs()
         self._gather_tokens = gather_tokens
@@ -116,6 +122,8 @@ class TokenSink:
             if tokens:
                 request.tokens += tokens
                 request.logprobs += logprobs
+                if self.routed_shape is not None:
+                    self._note_routed(self.routed_shape, request, output)
                 news[internal_id] = request
             if output.prefill_stats is not None:
                 self._count_prefill(output.prefill_stats)
@@ -230,9 +238,17 @@ class TokenSink:
                     tuple(request.logprobs),
                     self._policy_version,
                     request.finish,
+                    np.concatenate(request.routed) if request.routed else None,
                 )
             )
-            request.tokens, request.logprobs = [], []
+            request.tokens, request.logprobs, request.routed = [], [], []
+
+    @staticmethod
+    def _note_routed(shape: RoutedShape, request: _Request, output: Any) -> None:
+        first, request.has_context_rows = not request.has_context_rows, True
+        request.routed.append(
+            shape.rows(output.routed_experts, len(output.new_token_ids), first=first)
+        )
 
     def _end(self, internal_id: str, request: _Request, reason: Any) -> None:
         number = int(reason)
