@@ -11,6 +11,7 @@ import pytest
 from ringasync.config.schema import Config
 from ringasync.errors import ConfigError, EngineError
 from workers.engines.factory import EngineFactory, read_limits
+from workers.engines.vllm.engine import VllmEngine
 
 
 def config(**worker: Any) -> Config:
@@ -74,3 +75,29 @@ def test_settings_of_an_engine_that_does_not_exist_are_named(
 ) -> None:
     with pytest.raises(ConfigError, match=named):
         EngineFactory(config(**worker), 1).prepare()
+
+
+def replaying() -> Config:
+    """vLLM with routing replay; its engine is made without vLLM, which only ``start`` needs."""
+    fields = config(engine="vllm").model_dump()
+    fields["model"]["path"] = "somewhere"
+    fields["loss"]["routing_replay"] = True
+    return Config.model_validate(fields)
+
+
+@pytest.mark.parametrize("model", [{"model_type": "qwen3"}, {"model_type": "mixtral"}, {}])
+def test_replay_is_refused_for_models_whose_routing_is_not_known(
+    tmp_path: Path, model: dict[str, Any]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    with pytest.raises(ConfigError, match=r"routing_replay.*needs a model of type qwen3_moe"):
+        EngineFactory(replaying(), 1)(tmp_path)
+
+
+def test_the_engine_is_asked_for_experts_only_where_they_are_replayed(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_moe"}))
+    asked = EngineFactory(replaying(), 1)(tmp_path)
+    plain = EngineFactory(config(engine="vllm"), 1)(tmp_path)
+    assert isinstance(asked, VllmEngine)
+    assert isinstance(plain, VllmEngine)
+    assert (asked._routed_experts, plain._routed_experts) == (True, False)
