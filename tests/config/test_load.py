@@ -185,6 +185,16 @@ def test_unknown_key_inside_a_list_item(tmp_path: Path) -> None:
             "worker.session_ttl_ms (1000)",
             "worker.heartbeat_ms (500)",
         ),
+        (
+            "[loss]\nrouting_replay = true\n[starter]\narchitecture = 'qwen3_moe'",
+            "loss.routing_replay = true",
+            'worker.engine = "vllm"',
+        ),
+        (
+            "[loss]\nrouting_replay = true\n[worker]\nengine = 'vllm'",
+            "loss.routing_replay = true",
+            'starter.architecture = "qwen3_moe"',
+        ),
     ],
 )
 def test_impossible_pair_names_both_settings(

@@ -59,6 +59,7 @@ def make_engine(
     *,
     keep_kv: bool = False,
     window_tokens: int = 128,
+    routed_experts: bool = False,
     **options: Any,
 ) -> VllmEngine:
     """A small engine; ``options`` are ``VllmOptions``. Without ``sampling``: T = 1, no end."""
@@ -71,6 +72,7 @@ def make_engine(
         seed=5,
         dtype="bfloat16" if ON_GPU else "float32",
         keep_kv=keep_kv,
+        routed_experts=routed_experts,
         options=VllmOptions(**small | options),
     )
 
