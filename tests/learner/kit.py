@@ -23,6 +23,7 @@ from ringasync.broker.client import Broker
 from ringasync.broker.types import AppendItem, Fence, Lease, NewGroup, Verdict
 from ringasync.config.load import config_hash, load_config, resolved_json
 from ringasync.config.schema import Config, LearnerConfig, LossConfig
+from ringasync.records.routing import RoutedRows
 from ringasync.records.segment import encode_segment, policy_segment
 from ringasync.records.trajectory import Trajectory
 
@@ -163,6 +164,8 @@ class Feeder:
     num_groups: int = 0
     tokens: dict[str, int] = field(default_factory=dict)
     """Policy tokens appended, by rollout."""
+    routed_shape: tuple[int, int, int] | None = None
+    """Layers, experts a token, experts: segments carry rows drawn at random."""
 
     @classmethod
     async def make(cls, url: str, config_path: Path) -> Feeder:
@@ -218,6 +221,7 @@ class Feeder:
                 version,
                 one.token_ids[start : start + count].tolist(),
                 one.behavior_logprobs[start : start + count].tolist(),
+                self._rows(count if start else len(lease.prompt_ids) - 1 + count),
             )
             item = AppendItem(
                 lease.rollout_id, lease.token, start, count, count, version, encode_segment(segment)
@@ -227,6 +231,14 @@ class Feeder:
         self.tokens[lease.rollout_id] = start
         done = (lease.rollout_id, lease.token, "stop", start)
         assert await self.broker.finish_many(self.session_id, [done]) == ["ok"]
+
+    def _rows(self, count: int) -> RoutedRows | None:
+        if self.routed_shape is None:
+            return None
+        layers, chosen, experts = self.routed_shape
+        drawn = np.random.default_rng(count).random((count, layers, experts))
+        rows: RoutedRows = drawn.argsort(-1)[..., :chosen].astype(np.uint8)
+        return rows
 
     @staticmethod
     def length(rollout_id: str) -> int:
