@@ -73,7 +73,9 @@ class LocalRollout:
                 self.runs.append(_Run(chunk.policy_version, [], []))
             self.runs[-1].token_ids.extend(chunk.token_ids)
             self.runs[-1].behavior_logprobs.extend(chunk.behavior_logprobs)
-            self.runs[-1].routed.append((len(chunk.token_ids), chunk.routed_experts))
+            # Evaluations are never trained, so their rows would only weigh.
+            rows = chunk.routed_experts if self.lease.kind == "train" else None
+            self.runs[-1].routed.append((len(chunk.token_ids), rows))
         if chunk.finish is not None:
             self.finish = FinishReason(chunk.finish)
 

@@ -146,8 +146,8 @@ async def test_packed_logprobs_and_rows_travel_together() -> None:
 # In the worker's buffers.
 
 
-def rollout(*segments: bytes) -> LocalRollout:
-    lease = Lease("g.0", "g", "1.1.x", "train", (1, 2, 3), segments, 0, 10, 3, 0, 0)
+def rollout(*segments: bytes, kind: str = "train") -> LocalRollout:
+    lease = Lease("g.0", "g", "1.1.x", kind, (1, 2, 3), segments, 0, 10, 3, 0, 0)
     return local_rollout(lease, [decode_segment(one) for one in segments])
 
 
@@ -188,6 +188,12 @@ def test_dropping_a_version_drops_its_rows() -> None:
     assert of.drop_version(2) == 1
     assert positions(decode_segment(cut(of)).routed_experts) == [0, 1, 2]
     assert of.cut(None) is None
+
+
+def test_rollouts_of_an_evaluation_carry_none() -> None:
+    of = rollout(kind="eval")
+    of.add(chunk(1, [5], position(0, 1, 2)), 0.0)
+    assert decode_segment(cut(of)).routed_experts is None
 
 
 def test_chunks_without_rows_between_others_are_unknown() -> None:
