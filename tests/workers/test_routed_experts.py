@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -146,7 +146,7 @@ async def test_packed_logprobs_and_rows_travel_together() -> None:
 # In the worker's buffers.
 
 
-def rollout(*segments: bytes, kind: str = "train") -> LocalRollout:
+def rollout(*segments: bytes, kind: Literal["train", "eval"] = "train") -> LocalRollout:
     lease = Lease("g.0", "g", "1.1.x", kind, (1, 2, 3), segments, 0, 10, 3, 0, 0)
     return local_rollout(lease, [decode_segment(one) for one in segments])
 
