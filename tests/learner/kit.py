@@ -236,9 +236,8 @@ class Feeder:
         if self.routed_shape is None:
             return None
         layers, chosen, experts = self.routed_shape
-        drawn = np.random.default_rng(count).random((count, layers, experts))
-        rows: RoutedRows = drawn.argsort(-1)[..., :chosen].astype(np.uint8)
-        return rows
+        drawn = np.random.default_rng(count).random((count, layers, experts)).argsort(-1)
+        return drawn[..., :chosen].astype(np.uint8)
 
     @staticmethod
     def length(rollout_id: str) -> int:
