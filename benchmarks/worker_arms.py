@@ -18,6 +18,7 @@ import numpy.typing as npt
 from ringasync.broker.client import Broker
 from ringasync.broker.types import NewGroup, VersionInfo
 from ringasync.config.schema import Config
+from ringasync.records.weights import WeightManifest
 from ringasync.runtime.shutdown import Shutdown
 from ringasync.weights.build import make_transport
 from ringasync.weights.manifest import VersionFields, dump_manifest
@@ -102,9 +103,14 @@ class Meter:
         """See ``Engine.pause``."""
         await self._engine.pause()
 
-    async def prepare(self, weights_dir: Path) -> None:
+    @property
+    def checks_weights(self) -> bool:
+        """See ``Engine.checks_weights``."""
+        return self._engine.checks_weights
+
+    async def prepare(self, weights_dir: Path, manifest: WeightManifest | None = None) -> str:
         """See ``Engine.prepare``."""
-        await self._engine.prepare(weights_dir)
+        return await self._engine.prepare(weights_dir, manifest)
 
     async def load_weights(self, weights_dir: Path, policy_version: int) -> None:
         """See ``Engine.load_weights``."""

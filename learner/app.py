@@ -16,6 +16,7 @@ from learner.checkpoint import load_latest
 from learner.journal import Journal
 from learner.keeper import Keeper, acquire_role
 from learner.loop import LearnerLoop
+from learner.peer_server import PeerServer
 from learner.publisher import Publisher
 from learner.state import LearnerState
 from learner.worker_thread import TorchThread
@@ -125,6 +126,7 @@ async def _work(
         Journal.open, journal_dir(config), config.run.name, fence=fence.token
     )
     transport = make_transport(config, broker)
+    server = PeerServer.of(config) if config.weights.transport == "nccl" else None
     try:
         # The lock may have been lost while the chain was checked: then this life must not write.
         await broker.renew_lock(fence, config.learner.lock_ttl_ms)
@@ -136,7 +138,15 @@ async def _work(
             backend=backend,
             thread=thread,
             journal=journal,
-            publisher=Publisher(broker, fence, transport, backend, thread, config),
+            publisher=Publisher(
+                broker,
+                fence,
+                transport,
+                backend,
+                thread,
+                config,
+                *([server.offer] if server is not None else []),
+            ),
             state=state,
             config=config,
             shutdown=shutdown,
@@ -144,6 +154,8 @@ async def _work(
         await loop.run()
     finally:
         journal.close()
+        if server is not None:
+            server.close()
         with contextlib.suppress(RingError):
             await transport.close()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from ringasync.broker.client import Broker
 from ringasync.broker.types import Fence, VersionInfo
 from ringasync.config.schema import Config
 from ringasync.records.trajectory import Trajectory
-from ringasync.records.weights import ProbeSequence
+from ringasync.records.weights import ProbeSequence, WeightManifest
 from ringasync.runtime import crashpoints
 from ringasync.weights.manifest import VersionFields, dump_manifest
 from ringasync.weights.transport import Transport
@@ -48,13 +48,16 @@ class Publisher:
         backend: Backend,
         thread: TorchThread,
         config: Config,
+        offer: Callable[[WeightManifest], WeightManifest] = lambda manifest: manifest,
     ) -> None:
+        """``offer`` adds to a published manifest where its tensors can be pulled; at once."""
         self._broker = broker
         self._fence = fence
         self._transport = transport
         self._backend = backend
         self._thread = thread
         self._config = config
+        self._offer = offer
         self._log = structlog.get_logger(__name__)
         self.last_version = 0
         """Highest number known to be used; the next one is one above."""
@@ -98,7 +101,7 @@ class Publisher:
         self.last_version = version  # used up, whether it gets announced or not
         crashpoints.reach("publishing", publication.step)
         info = VersionInfo(
-            version, publication.step, publication.fork_step, dump_manifest(manifest)
+            version, publication.step, publication.fork_step, dump_manifest(self._offer(manifest))
         )
         keep = max(8, self._config.weights.keep_versions + 1)
         await self._broker.publish(self._fence, info, keep)

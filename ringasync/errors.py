@@ -19,6 +19,7 @@
     │   ├── ManifestError
     │   ├── CanaryError
     │   ├── SwapFailedError
+    │   ├── PeerError           the learner did not hand over its tensors: take the files
     │   └── TransportRefusedError
     ├── EngineError            the inference engine is unusable: rebuild it or exit  exit 6
     ├── VerifierError          no verdict: retry, never a zero reward
@@ -121,6 +122,10 @@ class SwapFailedError(WeightError):
     def __init__(self, version: int, why: str) -> None:
         super().__init__(f"version {version}: {why}")
         self.version, self.why = version, why
+
+
+class PeerError(WeightError):
+    """A pull between learner and worker broke, timed out or was refused; the files remain."""
 
 
 class TransportRefusedError(WeightError):

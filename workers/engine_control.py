@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from ringasync.errors import EngineError
 from ringasync.observability.log import get_logger
+from ringasync.records.weights import WeightManifest
 from workers.engines.base import Engine, GenerationRequest, ScoreRequest, TokenChunk
 
 OnTokens = Callable[[Sequence[TokenChunk]], None]
@@ -114,9 +115,14 @@ class EngineControl:
                 await engine.abort(request_ids)
                 self._hand_on(engine.drain())
 
-    async def prepare(self, weights_dir: Path) -> None:
-        """Have the engine read weights it is to load soon; other calls go on meanwhile."""
-        await self._alive().prepare(weights_dir)
+    @property
+    def checks_weights(self) -> bool:
+        """See ``Engine.checks_weights``; False without an engine."""
+        return self._engine is not None and self._engine.checks_weights
+
+    async def prepare(self, weights_dir: Path, manifest: WeightManifest | None = None) -> str:
+        """See ``Engine.prepare``; other calls go on meanwhile."""
+        return await self._alive().prepare(weights_dir, manifest)
 
     async def load(self, weights_dir: Path, policy_version: int) -> None:
         """Swap weights; the caller holds the engine."""

@@ -169,7 +169,7 @@ class RolloutWorker:
             "policy_version": self.weights.loaded_number,
             "held_tokens": self.store.held_tokens,
             "unsent_tokens": sum(rollout.unsent_tokens for rollout in self.store),
-            "swaps": self.weights.swaps,
+            **self.weights.figures,
             "finished": self.flusher.finished,
             "parked": self.flusher.parked,
             **{**self.control.figures, **self._more_status()},

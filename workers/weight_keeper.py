@@ -31,10 +31,11 @@ log = get_logger()
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """A version whose files are here, checked and pinned."""
+    """A version whose files are here and pinned. ``checked``: their checksums too were compared."""
 
     manifest: WeightManifest
     folder: Path
+    checked: bool = True
 
     @property
     def number(self) -> int:
@@ -77,11 +78,18 @@ class WeightKeeper:
         self.loaded: Version | None = None
         self.refused: dict[int, str] = {}
         self.swaps = 0
+        self.peer_swaps = 0
+        """Swaps whose tensors came out of the learner's memory."""
 
     @property
     def loaded_number(self) -> int:
         """The loaded version; 0 before the first."""
         return self.loaded.number if self.loaded is not None else 0
+
+    @property
+    def figures(self) -> dict[str, int]:
+        """What the heartbeat says of this life's swaps."""
+        return {"swaps": self.swaps, "peer_swaps": self.peer_swaps}
 
     def wanted(self, poll: Poll) -> int | None:
         """The version to load next, or None: the pinned one, else the newest that is not bad.
@@ -131,7 +139,7 @@ class WeightKeeper:
         Then the version is on trial: tokens that it samples wait in the store for the canary.
         """
         try:
-            await self._control.prepare(version.folder)
+            way = await self._control.prepare(version.folder, version.manifest)
             await self._control.hold("weights")
             before_load()
             self._store.held_version = version.number
@@ -142,8 +150,9 @@ class WeightKeeper:
         except (CanaryError, EngineError) as error:
             await self._transport.release(version.manifest)
             raise SwapFailedError(version.number, str(error)) from error
-        await self._accept(version)
+        await self._accept(version, way)
         self.swaps += 1
+        self.peer_swaps += way != "file"
 
     async def restart(self) -> None:
         """A new engine on the last good version. Raises ``EngineError`` when that fails too."""
@@ -154,9 +163,14 @@ class WeightKeeper:
         if version is None:
             return
         try:
+            if (
+                not version.checked
+            ):  # only what the old engine pulled was: a new one reads the files
+                await self._transport.fetch(version.manifest, self._scratch_dir)
+                await self._transport.release(version.manifest)
             await self._control.start(version.folder, version.number)
             await self._try(version.manifest)
-        except CanaryError as error:
+        except (CanaryError, ManifestError) as error:
             raise EngineError(
                 f"a rebuilt engine does not answer as version {version.number}: {error}"
             ) from error
@@ -177,7 +191,8 @@ class WeightKeeper:
             if info is None:
                 raise ManifestError(f"version {number} is not announced any more")
             manifest = load_manifest(info.manifest)
-            folder = await self._transport.fetch(manifest, self._scratch_dir)
+            contents = manifest.peer is None or not self._control.checks_weights
+            folder = await self._transport.fetch(manifest, self._scratch_dir, contents=contents)
         except ManifestError as error:
             failures = self._failed_fetches.get(number, 0) + 1
             self._failed_fetches[number] = failures
@@ -190,7 +205,7 @@ class WeightKeeper:
             # Until the next try the poll may bring a newer version: this one may be pruned.
             await asyncio.sleep(_FETCH_RETRY_S)
             return None
-        return Version(manifest, folder)
+        return Version(manifest, folder, contents)
 
     async def _is_superseded(self, number: int) -> bool:
         newest = await self._broker.version(None)
@@ -219,11 +234,11 @@ class WeightKeeper:
             raise CanaryError(result.problem)
         log.debug("canary passed", gap_mean=result.gap_mean, gap_p99=result.gap_p99)
 
-    async def _accept(self, version: Version) -> None:
+    async def _accept(self, version: Version, way: str = "file") -> None:
         previous, self.loaded = self.loaded, version
         self._store.held_version = None
         bind_identity(policy_version=version.number)
-        log.info("weights taken up", version=version.number)
+        log.info("weights taken up", version=version.number, way=way)
         if previous is not None:
             await self._transport.release(previous.manifest)
 

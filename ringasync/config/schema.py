@@ -272,8 +272,16 @@ class LearnerConfig(_Section):
 class WeightsConfig(_Section):
     """How weights reach workers."""
 
-    transport: Literal["file", "redis"] = "file"
+    transport: Literal["file", "redis", "nccl"] = "file"
+    """``nccl``: as ``file``, and vLLM workers on the learner's host pull the tensors out of the
+    learner's memory; whatever goes wrong with that costs at most ``peer_timeout_s``."""
     keep_versions: int = Field(3, ge=2)
+    peer_timeout_s: float = Field(60.0, gt=0)
+    """Transport ``nccl``: how long one pull may take before the worker reads the files instead."""
+    serve_from: Literal["auto", "device", "host"] = "auto"
+    """Transport ``nccl``: where the learner keeps what it serves. ``device`` holds a copy of the
+    published weights on the learner's GPU; ``host`` maps the files; ``auto`` takes the device when
+    a quarter of its free memory holds them."""
     redis_url: str = ""
     """A second Redis without AOF for transport ``redis``; empty: the main one, 64 MB at most."""
     canary: bool = True

@@ -45,6 +45,20 @@ class ProbeSequence(_Frozen):
     logprobs: tuple[float, ...]
 
 
+class PeerOffer(_Frozen):
+    """Where the learner serves this version's tensors to workers of its own host.
+
+    Announced through the broker only, never written beside the files: ``secret`` lets its holder
+    pull the version. ``host_id`` tells whether ``port`` on loopback means the same machine.
+    ``timeout_s`` is how long one whole pull may take; both sides keep to it.
+    """
+
+    host_id: str
+    port: int = Field(ge=1, le=65535)
+    secret: str = Field(repr=False)
+    timeout_s: float = Field(gt=0)
+
+
 class WeightManifest(_Frozen):
     """Everything a worker needs to fetch, check and believe one policy version.
 
@@ -65,3 +79,4 @@ class WeightManifest(_Frozen):
     tensors: tuple[TensorInfo, ...]
     probe: tuple[ProbeSequence, ...] = ()
     created_ms: int = 0
+    peer: PeerOffer | None = None

@@ -26,11 +26,12 @@ class HasClient(Protocol):
 def make_transport(config: Config, broker: HasClient) -> Transport:
     """The transport of ``weights.transport``; close it when done.
 
+    ``nccl`` is the file transport: what is pulled from the learner comes beside it (``peer``).
     The password of a second Redis is taken from its URL or ``RINGASYNC_WEIGHTS_REDIS_PASSWORD``,
     else ``RINGASYNC_REDIS_PASSWORD``. Raises ``ConfigError`` on a URL that is none.
     """
     weights = config.weights
-    if weights.transport == "file":
+    if weights.transport != "redis":
         return FileTransport(config.run_dir / "weights", weights.keep_versions)
     if not weights.redis_url:
         return RedisTransport(broker.client, config.run.name, keep_versions=weights.keep_versions)

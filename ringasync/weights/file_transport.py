@@ -58,10 +58,10 @@ class FileTransport:
         """See ``Transport.publish``. Files, folder and rename are fsynced before it returns."""
         return await asyncio.to_thread(self._publish, source_dir, fields, consume, set(protect))
 
-    async def fetch(self, manifest: WeightManifest, into: Path) -> Path:
+    async def fetch(self, manifest: WeightManifest, into: Path, *, contents: bool = True) -> Path:
         """See ``Transport.fetch``: the published folder itself, pinned and checked, no copy."""
         del into
-        fetching = asyncio.ensure_future(asyncio.to_thread(self._fetch, manifest))
+        fetching = asyncio.ensure_future(asyncio.to_thread(self._fetch, manifest, contents))
         try:
             return await asyncio.shield(fetching)
         except asyncio.CancelledError:  # the thread goes on: its pin must not stay
@@ -131,7 +131,7 @@ class FileTransport:
             )
         return before
 
-    def _fetch(self, manifest: WeightManifest) -> Path:
+    def _fetch(self, manifest: WeightManifest, contents: bool) -> Path:
         name = _name_of(manifest)
         folder = self._root / name
         if not folder.is_dir():
@@ -145,7 +145,7 @@ class FileTransport:
             raise ManifestError(f"version {manifest.policy_version} is being removed") from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH)
-            verify_folder(manifest, folder)
+            verify_folder(manifest, folder, contents=contents)
         except BaseException:
             os.close(descriptor)
             raise

@@ -96,8 +96,12 @@ class RedisTransport:
             await asyncio.to_thread(shutil.rmtree, source_dir, True)
         return manifest
 
-    async def fetch(self, manifest: WeightManifest, into: Path) -> Path:
-        """See ``Transport.fetch``: a copy in a fresh folder below ``into``, renamed when whole."""
+    async def fetch(self, manifest: WeightManifest, into: Path, *, contents: bool = True) -> Path:
+        """See ``Transport.fetch``: a copy in a fresh folder below ``into``, renamed when whole.
+
+        It is checked while it is copied, ``contents`` or not.
+        """
+        del contents
         name = _name_of(manifest)
         await asyncio.to_thread(into.mkdir, parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp("", f".tmp-{name}-", into))

@@ -38,11 +38,13 @@ class Transport(Protocol):
         """
         ...
 
-    async def fetch(self, manifest: WeightManifest, into: Path) -> Path:
+    async def fetch(self, manifest: WeightManifest, into: Path, *, contents: bool = True) -> Path:
         """Return a folder that holds exactly the manifest's files, each checked.
 
         ``into`` is a folder of the caller's where copies may be kept; a transport that can serve
         the published folder itself does not use it. The folder stays whole until ``release``.
+        Without ``contents`` the checksums of weight files may be left out: the caller compares
+        each tensor that it uses with the manifest.
 
         Raises ``ManifestError`` naming the shard that is missing or differs.
         """

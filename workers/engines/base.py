@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ringasync.records.routing import RoutedRows
+from ringasync.records.weights import WeightManifest
 
 EngineFinish = Literal["stop", "length"]
 
@@ -84,6 +85,12 @@ class Engine(Protocol):
         prefix cache spared the engine (siblings of a group, resumed partials)."""
         ...
 
+    @property
+    def checks_weights(self) -> bool:
+        """Whether ``prepare`` compares every tensor with the manifest it is given, so that nobody
+        need read the files for their checksums first."""
+        ...
+
     async def start(self, weights_dir: Path, policy_version: int) -> None:
         """Load config and weights from an HF-format folder and begin to serve."""
         ...
@@ -120,10 +127,13 @@ class Engine(Protocol):
         """Stop stepping. When this returns, every token sampled so far is in the output queue."""
         ...
 
-    async def prepare(self, weights_dir: Path) -> None:
-        """Read the files of the next weights while generation goes on, so that ``load_weights``
-        is short. Optional: ``load_weights`` does it where it was not done. May run beside other
-        calls. Raises ``EngineError`` when the folder cannot be loaded; the engine serves on."""
+    async def prepare(self, weights_dir: Path, manifest: WeightManifest | None = None) -> str:
+        """Take in the next weights while generation goes on, so that ``load_weights`` is short.
+
+        Optional: ``load_weights`` does it where it was not done. May run beside other calls. An
+        engine that can pulls the tensors from ``manifest.peer`` rather than read the files.
+        Returns the way they came: ``file``, ``socket`` or ``nccl``. Raises ``EngineError`` when the
+        folder cannot be loaded; the engine serves on."""
         ...
 
     async def load_weights(self, weights_dir: Path, policy_version: int) -> None:

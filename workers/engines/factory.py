@@ -11,11 +11,14 @@ from pydantic import TypeAdapter, ValidationError
 
 from ringasync.config.schema import Config
 from ringasync.errors import ConfigError, EngineError
+from ringasync.observability.log import get_logger
 from ringasync.records.routing import MODEL_TYPES
 from workers.engines.base import Engine, SamplingParams
 from workers.engines.vllm.options import VllmOptions
 from workers.intake import ModelLimits
 from workers.throttle import gather_tokens
+
+log = get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,11 @@ class EngineFactory:
             from workers.engines.vllm import setup
 
             setup.prepare()
+        elif self.config.weights.transport == "nccl":
+            log.info(
+                "this engine reads the files that the learner publishes: only vLLM pulls by nccl",
+                engine=self.config.worker.engine,
+            )
         self._options()
 
     def __call__(self, weights_dir: Path) -> Engine:

@@ -19,7 +19,7 @@ def stored_dtypes(weights_dir: Path) -> dict[str, torch.dtype]:
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (not a dict)
-                    dtypes[name] = _DTYPES[file.get_slice(name).get_dtype()]
+                    dtypes[name] = DTYPES[file.get_slice(name).get_dtype()]
         except (OSError, SafetensorError, KeyError) as error:
             raise EngineError(f"{path.name} of {weights_dir} cannot be read: {error!r}") from error
     return dtypes
@@ -70,7 +70,7 @@ def _files(weights_dir: Path) -> list[Path]:
     return files
 
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,

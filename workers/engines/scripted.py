@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from ringasync.errors import EngineError
+from ringasync.records.weights import WeightManifest
 from workers.engines.base import (
     EngineFinish,
     GenerationRequest,
@@ -89,6 +90,8 @@ class ScriptedEngine:
     With ``step_interval_s`` it steps by itself, one token for every request a step; with None only
     ``step`` moves it, so that a test decides what has been sampled when.
     """
+
+    checks_weights = False
 
     def __init__(
         self,
@@ -181,9 +184,10 @@ class ScriptedEngine:
         self._require()
         self._paused = True
 
-    async def prepare(self, weights_dir: Path) -> None:
+    async def prepare(self, weights_dir: Path, manifest: WeightManifest | None = None) -> str:
         """See ``Engine.prepare``."""
         self._require()
+        return "file"
 
     async def load_weights(self, weights_dir: Path, policy_version: int) -> None:
         """See ``Engine.load_weights``."""

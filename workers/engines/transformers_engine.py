@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from ringasync.errors import EngineError
+from ringasync.records.weights import WeightManifest
 from workers.engines import live_weights, paged_attention
 from workers.engines.base import (
     GenerationRequest,
@@ -65,6 +66,8 @@ class TransformersEngine:
 
     ``gather_tokens`` of one request are handed out before ``gather_ms`` is over; 0: they wait.
     """
+
+    checks_weights = False
 
     def __init__(
         self,
@@ -174,8 +177,9 @@ class TransformersEngine:
         if self._pause_scope is None:
             await self._in_control_thread(self._enter_pause)
 
-    async def prepare(self, weights_dir: Path) -> None:
+    async def prepare(self, weights_dir: Path, manifest: WeightManifest | None = None) -> str:
         """See ``Engine.prepare``: a small model's files are read fast enough while paused."""
+        return "file"
 
     async def load_weights(self, weights_dir: Path, policy_version: int) -> None:
         """See ``Engine.load_weights``."""

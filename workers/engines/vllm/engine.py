@@ -22,6 +22,8 @@ import numpy.typing as npt
 
 from ringasync.errors import EngineError
 from ringasync.observability.log import get_logger
+from ringasync.records.weights import WeightManifest
+from ringasync.weights.manifest import dump_manifest
 from workers.engines.base import (
     GenerationRequest,
     SamplingParams,
@@ -45,6 +47,8 @@ log = get_logger()
 
 class VllmEngine:
     """Implements ``workers.engines.base.Engine``. One engine a process at a time is meant."""
+
+    checks_weights = True
 
     def __init__(
         self,
@@ -77,6 +81,8 @@ class VllmEngine:
         self._scores = itertools.count()
         self.last_swap_s: dict[str, float] = {}
         """Seconds of the parts of the last swap: ``stage``, ``load``, ``kv``."""
+        self.last_way = "file"
+        """How the last staged weights came to all ranks: ``file``, ``socket`` or ``nccl``."""
 
     async def start(self, weights_dir: Path, policy_version: int) -> None:
         """See ``Engine.start``. Raises ``EngineError`` when vLLM cannot serve the folder."""
@@ -214,12 +220,18 @@ class VllmEngine:
             await self._answer(engine.resume_generation())
             self._paused = False
 
-    async def prepare(self, weights_dir: Path) -> None:
-        """See ``Engine.prepare``: the workers read and check the files beside generation."""
-        self._require()
+    async def prepare(self, weights_dir: Path, manifest: WeightManifest | None = None) -> str:
+        """See ``Engine.prepare``: the workers pull from the learner, or read the files."""
+        _, engine = self._require()
         began_s = time.perf_counter()
-        await self._stage(weights_dir)
+        await self._stage(weights_dir, manifest)
         self.last_swap_s["stage"] = time.perf_counter() - began_s
+        ranks = await self._answer(engine.collective_rpc("ring_stage_way"))
+        ways = {way for way, _ in ranks}
+        self.last_way = ways.pop() if len(ways) == 1 else "file"
+        for why in {why for _, why in ranks if why}:
+            log.warning("weights were not pulled but read from files", why=why)
+        return self.last_way
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[npt.NDArray[np.float32]]:
         """See ``Engine.score``. vLLM scores between the steps of generation, so an engine that is
@@ -271,20 +283,27 @@ class VllmEngine:
 
     # Staging.
 
-    async def _stage(self, weights_dir: Path) -> None:
+    async def _stage(self, weights_dir: Path, manifest: WeightManifest | None = None) -> None:
         _, engine = self._require()
+        told, pull_s = "", 0.0
+        if manifest is not None:
+            told = dump_manifest(manifest.model_copy(update={"probe": ()}))
+            pull_s = manifest.peer.timeout_s if manifest.peer is not None else 0.0
         await self._answer(
-            engine.collective_rpc("ring_stage", args=(str(weights_dir), self._options.staging))
+            engine.collective_rpc(
+                "ring_stage", args=(str(weights_dir), self._options.staging, told)
+            )
         )
-        await self._staged(engine)
+        await self._staged(engine, pull_s)
 
     async def _restage(self, engine: Any) -> None:
         """The tensors to compare with may have been let go."""
         await self._answer(engine.collective_rpc("ring_restage"))
         await self._staged(engine)
 
-    async def _staged(self, engine: Any) -> None:
-        deadline_s = time.monotonic() + self._options.stage_timeout_s
+    async def _staged(self, engine: Any, pull_s: float = 0.0) -> None:
+        """Wait until all ranks have staged; files may have to be read after a pull that failed."""
+        deadline_s = time.monotonic() + pull_s + self._options.stage_timeout_s
         while True:
             states = await self._answer(engine.collective_rpc("ring_stage_state"))
             failed = [state for state in states if state.startswith("failed")]

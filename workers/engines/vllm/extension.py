@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ringasync.observability.log import get_logger
+from ringasync.weights.manifest import load_manifest
 from workers.engines.vllm import plugin
 from workers.engines.vllm.live_layout import LiveLayout
 from workers.engines.vllm.staging import STAGER
@@ -27,9 +28,13 @@ class RingExtension:
     device: Any
     model_runner: Any
 
-    def ring_stage(self, weights_dir: str, where: str) -> None:
-        """Begin to read a folder beside generation; see ``ring_stage_state``."""
-        STAGER.begin(Path(weights_dir), where, self.device)
+    def ring_stage(self, weights_dir: str, where: str, manifest: str = "") -> None:
+        """Begin to stage a version beside generation; see ``ring_stage_state``.
+
+        ``manifest`` is that of ``dump_manifest``: what to compare with, and where to pull from.
+        """
+        told = load_manifest(manifest) if manifest else None
+        STAGER.begin(Path(weights_dir), where, self.device, told)
 
     def ring_restage(self) -> None:
         """Read the last folder again if its tensors were let go."""
@@ -38,6 +43,11 @@ class RingExtension:
     def ring_stage_state(self) -> str:
         """``empty``, ``reading``, ``ready`` or ``failed: why``."""
         return STAGER.state
+
+    def ring_stage_way(self) -> tuple[str, str]:
+        """How what is staged came, and why by file if it could not be pulled."""
+        staged = STAGER.staged
+        return (staged.way, staged.why_file) if staged is not None else ("", "")
 
     def ring_read_back(self) -> dict[str, str]:
         """Digest of each staged tensor, or what is wrong with its live values. Lets them go."""
