@@ -171,7 +171,7 @@ class Connection:
                 target = target[count:]
 
     def wait_until(self, done: Callable[[], bool]) -> None:
-        """Poll ``done`` (a CUDA event, say) while the peer lives and the deadline has not passed."""
+        """Poll ``done`` (a CUDA event, say) while the peer lives and there is time."""
         while not done():
             self.left_s()
             with self._broken():

@@ -1,7 +1,8 @@
 """Takes the next weights in, in a thread beside generation, in a process of vLLM's.
 
-Pulled from the learner where it offers them, else read from a folder of safetensors. One version is
-staged at a time. Everything that can be wrong with it shows here, before the live model is touched. The digests are of the very bytes that will be loaded.
+They are pulled from the learner where it offers them, else read from a folder of safetensors. One
+version is staged at a time. Everything that can be wrong with it shows here, before the live model
+is touched. The digests are of the very bytes that will be loaded.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ class Stager:
             if may_pull and manifest is not None and manifest.peer is not None:
                 try:
                     staged = self._pull(folder, manifest, device)
-                except PeerError as error:
+                except (PeerError, OSError, ValueError, RuntimeError) as error:
                     why_file = str(error)
             if staged is None:
                 staged = self._load(folder, device)
