@@ -278,13 +278,13 @@ def _send_by_nccl(
 
     def finish_oldest() -> None:
         event, _ = launched[0]
-        connection.wait_until(lambda: pair.is_well() and event.query())
+        connection.wait_until(lambda: pair.is_well() and bool(event.query()))  # type: ignore[no-untyped-call]
         launched.popleft()
 
     for chunk in peer.chunks(held.manifest.tensors):
         tensors = _on_device(held, chunk, device, stream)
         pair.send([(one.data_ptr(), one.nbytes) for one in tensors], stream.cuda_stream)
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(stream)
         launched.append((event, tensors))
         if len(launched) == _LAUNCHED_CHUNKS:

@@ -163,9 +163,7 @@ class WeightKeeper:
         if version is None:
             return
         try:
-            if (
-                not version.checked
-            ):  # only what the old engine pulled was: a new one reads the files
+            if not version.checked:  # what the old engine pulled was; a new one reads the files
                 await self._transport.fetch(version.manifest, self._scratch_dir)
                 await self._transport.release(version.manifest)
             await self._control.start(version.folder, version.number)

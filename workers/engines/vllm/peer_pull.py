@@ -128,14 +128,14 @@ def _receive_by_nccl(
 
     def finish_oldest() -> None:
         event, chunk = launched.popleft()
-        connection.wait_until(lambda: pair.is_well() and event.query())
+        connection.wait_until(lambda: pair.is_well() and bool(event.query()))  # type: ignore[no-untyped-call]
         for one in chunk:
             digests[one.name] = hasher.digest(tensors[one.name])
 
     for chunk in peer.chunks(manifest.tensors):
         spans = [(tensors[one.name].data_ptr(), tensors[one.name].nbytes) for one in chunk]
         pair.receive(spans, stream.cuda_stream)
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(stream)
         launched.append((event, chunk))
         if len(launched) == _LAUNCHED_CHUNKS:
@@ -155,7 +155,7 @@ class _DeviceHasher:
     def digest(self, tensor: torch.Tensor) -> str:
         """As ``live_weights.digest``, of bytes that are there already."""
         hasher = xxhash.xxh3_128()
-        for part in tensor.reshape(-1).view(torch.uint8).split(_HASH_BYTES):
+        for part in torch.split(tensor.reshape(-1).view(torch.uint8), _HASH_BYTES):
             target = self._buffer[: part.numel()]
             with torch.cuda.stream(self._stream):
                 target.copy_(part, non_blocking=True)
