@@ -10,12 +10,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 import tempfile
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 import uvloop
 from redis.asyncio import Redis
@@ -29,8 +31,10 @@ from benchmarks.vllm_models import (
     write_model,
 )
 from benchmarks.vllm_swapper import HELD, Found, Mode, Settings, Swapper, mean_of, percent_of
+from learner.peer_server import PeerServer
 from ringasync.broker.embedded import EmbeddedRedis
 from ringasync.observability.log import configure_logging
+from ringasync.records.weights import WeightManifest
 from ringasync.weights.file_transport import FileTransport
 from ringasync.weights.redis_transport import RedisTransport
 from ringasync.weights.transport import Transport
@@ -39,11 +43,31 @@ from workers.engines.vllm import setup
 _REDIS_BYTES = 24 << 30
 
 
+class _Offering(FileTransport):
+    """The file transport of a learner that also serves what it publishes."""
+
+    def __init__(self, root: Path, server: PeerServer) -> None:
+        super().__init__(root)
+        self._server = server
+
+    async def publish(self, *args: Any, **kwargs: Any) -> WeightManifest:
+        return self._server.offer(await super().publish(*args, **kwargs))
+
+    async def close(self) -> None:
+        self._server.close()
+        await super().close()
+
+
 @asynccontextmanager
 async def _transport(kind: str, root: Path) -> AsyncIterator[Transport]:
-    """The real transport. Redis gets a server of its own, as ``weights.redis_url`` wants it."""
-    if kind == "file":
+    """The real transport. Redis gets a server of its own, as ``weights.redis_url`` wants it; with
+    ``nccl`` this process is the learner, on the last GPU of several (the engine has the first)."""
+    if kind != "redis":
         transport: Transport = FileTransport(root / "weights")
+        if kind == "nccl":
+            gpus = torch.cuda.device_count()
+            device = f"cuda:{gpus - 1}" if gpus > 1 else "cpu"
+            transport = _Offering(root / "weights", PeerServer(root / "weights", device))
         yield transport
         await transport.close()
         return
@@ -122,11 +146,17 @@ def _result(settings: Settings, found: dict[str, Found]) -> Result:
             ),
         ],
         notes=[
+            f"Tensors came by {_counted(found)} (counted swaps).",
             "Held is pause, load and resume: no step runs. fetch and prepare go on beside "
             "generation, read_back and score between its steps.",
             "Read-back found no difference after any swap, else there would be no result.",
         ],
     )
+
+
+def _counted(found: dict[str, Found]) -> str:
+    ways = Counter(way for one in found.values() for way in one.ways)
+    return ", ".join(f"{way} {count} times" for way, count in sorted(ways.items()))
 
 
 def main(
@@ -136,7 +166,7 @@ def main(
     load: Annotated[list[str] | None, typer.Option(help="layerwise, direct; repeatable.")] = None,
     kv: Annotated[list[str] | None, typer.Option(help="recompute, keep; repeatable.")] = None,
     staging: Annotated[list[str] | None, typer.Option(help="device, host; repeatable.")] = None,
-    transport: Annotated[str, typer.Option(help="file or redis.")] = Settings.transport,
+    transport: Annotated[str, typer.Option(help="file, redis or nccl.")] = Settings.transport,
     change: Annotated[float, typer.Option(help="Between the two sets.")] = Settings.change,
     length_scale: Annotated[float, typer.Option(help="1: 600 tokens.")] = Settings.length_scale,
     quiet_s: Annotated[float, typer.Option(min=0.05)] = Settings.quiet_s,
@@ -148,7 +178,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Write OUT.json and OUT.md.")] = None,
 ) -> None:
     """Stall and truth of in-flight weight swaps."""
-    if model not in SHAPES or transport not in ("file", "redis"):
+    if model not in SHAPES or transport not in ("file", "redis", "nccl"):
         raise typer.BadParameter("unknown model or transport")
     configure_logging("bench", "bench", None, "warning")
     setup.prepare()

@@ -74,6 +74,8 @@ class Found:
     publish: list[float] = field(default_factory=list)
     inside: dict[str, list[float]] = field(default_factory=dict)
     """What the engine says of the inside of its load."""
+    ways: list[str] = field(default_factory=list)
+    """How each swap's tensors came: ``file``, ``socket`` or ``nccl``."""
     usual: list[float] = field(default_factory=list)
     stalls: list[float] = field(default_factory=list)
     errors: list[float] = field(default_factory=list)
@@ -131,9 +133,11 @@ class Swapper:
         await asyncio.sleep(self._settings.quiet_s)
         rollouts = list(self._traffic.running.values())
         clock = _Clock()
-        folder = await transport.fetch(manifest, self._root / "scratch")
+        folder = await transport.fetch(
+            manifest, self._root / "scratch", contents=manifest.peer is None
+        )
         clock.lap("fetch")
-        await self._control.prepare(folder)
+        way = await self._control.prepare(folder, manifest)
         clock.lap("prepare")
         await self._control.hold("weights")
         clock.lap("pause")
@@ -161,6 +165,7 @@ class Swapper:
             return
         stalls = self._note_gaps(rollouts, (quiet_s, clock.began_s, settled_s))
         self._note(clock, published_s, gap, errors)
+        self.found.ways.append(way)
         print(
             f"    swap {index + 1}/{self._settings.swaps}: held {clock.total(HELD):.3f} s, stall "
             f"p50 {percent_of(stalls, 50):.3f} p99 {percent_of(stalls, 99):.3f} s over "

@@ -8,6 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
+from learner import peer_server
 from learner.peer_server import PeerServer, _Held
 from ringasync.weights import peer
 from ringasync.weights.manifest import MANIFEST_FILE, dump_manifest, load_manifest
@@ -34,13 +35,15 @@ class _HaltingServer(PeerServer):
         return "socket"
 
 
-def serve(root: Path, version: str, timeout_s: float, how: str) -> None:
+def serve(root: Path, version: str, timeout_s: float, how: str, device: str) -> None:
     """Print the manifest with the offer, then serve until stdin ends."""
     manifest = load_manifest((root / version / MANIFEST_FILE).read_bytes())
-    if how in _HALT:
-        _HaltingServer.halt = _HALT[how]
-    kind = _HaltingServer if how in _HALT else PeerServer
-    server = kind(root, timeout_s=timeout_s)
+    kind = PeerServer
+    if how in _HALT and device == "cpu":
+        kind, _HaltingServer.halt = _HaltingServer, _HALT[how]
+    elif how in _HALT:  # the NCCL group stands, and then nothing comes
+        peer_server._send_by_nccl = lambda *_: os.kill(os.getpid(), _HALT[how])
+    server = kind(root, device, timeout_s=timeout_s)
     print(dump_manifest(server.offer(manifest)), flush=True)
     sys.stdin.read()
 
@@ -66,6 +69,6 @@ def begin_pull() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "learner":
-        serve(Path(sys.argv[2]), sys.argv[3], float(sys.argv[4]), sys.argv[5])
+        serve(Path(sys.argv[2]), sys.argv[3], float(sys.argv[4]), *sys.argv[5:])
     else:
         begin_pull()

@@ -125,7 +125,7 @@ def answer_to(offered: WeightManifest, **changes: object) -> peer.PullAnswer:
 def test_a_version_pulled_from_another_process_is_the_folder_bit_for_bit(
     root: Path, manifest: WeightManifest
 ) -> None:
-    with child("learner", root, "v000001-f3", DEADLINE_S, "serves") as learner:
+    with child("learner", root, "v000001-f3", DEADLINE_S, "serves", "cpu") as learner:
         offered = load_manifest(said(learner))
         tensors, digests, way = pull(offered, CPU)
         assert way == "socket"
@@ -143,11 +143,11 @@ def test_a_version_pulled_from_another_process_is_the_folder_bit_for_bit(
 def test_a_learner_killed_or_stopped_in_the_middle_costs_no_more_than_the_timeout(
     how: str, timeout_s: float, why: str, root: Path, manifest: WeightManifest
 ) -> None:
-    with child("learner", root, "v000001-f3", timeout_s, how) as learner:
+    with child("learner", root, "v000001-f3", timeout_s, how, "cpu") as learner:
         offered = load_manifest(said(learner))
         with pytest.raises(PeerError, match=why):
             pull(offered, CPU)
-    with child("learner", root, "v000001-f3", timeout_s, how) as learner:
+    with child("learner", root, "v000001-f3", timeout_s, how, "cpu") as learner:
         offered = load_manifest(said(learner))
         began_s = time.monotonic()
         found = staged(root / "v000001-f3", offered)

@@ -17,7 +17,7 @@ from ringasync.config.load import config_hash
 from ringasync.config.schema import Config
 from ringasync.records.segment import decode_segment
 from ringasync.records.trajectory import FlatResponse, join_segments
-from ringasync.records.weights import ProbeSequence
+from ringasync.records.weights import PeerOffer, ProbeSequence
 from ringasync.runtime.shutdown import Shutdown
 from ringasync.weights.file_transport import FileTransport
 from ringasync.weights.manifest import VersionFields, dump_manifest
@@ -159,7 +159,12 @@ class World:
         assert await self.broker.feed(self.coordinator, self.request(), groups, "c") == len(groups)
 
     async def publish(
-        self, version: int, *, value: float | None = None, probe_error: float = 0.0
+        self,
+        version: int,
+        *,
+        value: float | None = None,
+        probe_error: float = 0.0,
+        peer: PeerOffer | None = None,
     ) -> Path:
         """Publish scripted weights; ``probe_error`` falsifies the learner's probe log-probs."""
         source = write_scripted_weights(
@@ -172,11 +177,13 @@ class World:
             for i, token in enumerate(tokens)
         ]
         probe = ProbeSequence(prompt_ids=PROMPT, token_ids=tuple(tokens), logprobs=tuple(logprobs))
-        await self.publish_folder(version, source, probe)
+        await self.publish_folder(version, source, probe, peer=peer)
         return source
 
-    async def publish_folder(self, version: int, source: Path, *probe: ProbeSequence) -> None:
-        """Publish any HF-format folder."""
+    async def publish_folder(
+        self, version: int, source: Path, *probe: ProbeSequence, peer: PeerOffer | None = None
+    ) -> None:
+        """Publish any HF-format folder, with an offer of its tensors if one is given."""
         fields = VersionFields(
             run=self.config.run.name,
             policy_version=version,
@@ -185,7 +192,8 @@ class World:
             fence=self.learner.token,
             probe=probe,
         )
-        manifest = await self.transport.publish(source, fields)
+        published = await self.transport.publish(source, fields)
+        manifest = published.model_copy(update={"peer": peer})
         info = VersionInfo(version, version - 1, 0, dump_manifest(manifest))
         await self.broker.publish(self.learner, info)
 
