@@ -185,7 +185,7 @@ class PeerServer:
             connection = peer.Connection(sock, self._timeout_s)
             try:
                 self._answer(connection)
-            except PeerError as error:
+            except (PeerError, RuntimeError) as error:  # RuntimeError: CUDA's
                 self._log.info("a pull of weights ended early", why=str(error))
             finally:
                 connection.close()
@@ -202,12 +202,12 @@ class PeerServer:
                 connection.send(peer.PullAnswer(refused=found))
                 raise PeerError(f"refused: {found}")
             if not found.ready.wait(connection.left_s()):
-                connection.left_s()
+                raise PeerError("the version was still being read at the deadline")
             if found.problem:
                 connection.send(peer.PullAnswer(refused=found.problem))
                 raise PeerError(found.problem)
             with contextlib.ExitStack() as group:  # its buffers stay until the worker is done
-                way = self._send(connection, found, request.device, group)
+                way = self._send(connection, found, request, group)
                 problem = connection.receive(peer.PullDone).problem
         if problem:
             raise PeerError(f"the worker refused what it got: {problem}")
@@ -249,13 +249,17 @@ class PeerServer:
                 self._drop_if_idle()
 
     def _send(
-        self, connection: peer.Connection, held: _Held, device: str, group: contextlib.ExitStack
+        self,
+        connection: peer.Connection,
+        held: _Held,
+        request: peer.PullRequest,
+        group: contextlib.ExitStack,
     ) -> str:
         """All tensors in the manifest's order; returns the way they went."""
         tensors = held.manifest.tensors
         total_bytes = sum(map(peer.tensor_bytes, tensors))
         own = resolve_device(self._device)
-        if own.type == "cuda" and device and device != _uuid(own) and nccl.is_available():
+        if own.type == "cuda" and _can_meet(own, request):
             group.enter_context(torch.cuda.device(own))
             group_id = nccl.new_id()
             connection.send(peer.PullAnswer(way="nccl", nccl_id=group_id, total_bytes=total_bytes))
@@ -268,6 +272,12 @@ class PeerServer:
             for tensor in chunk:
                 connection.send_bytes(_bytes(held.tensors[tensor.name].cpu()))
         return "socket"
+
+
+def _can_meet(own: torch.device, request: peer.PullRequest) -> bool:
+    """Whether NCCL can join the two devices: not the same one, and one NCCL on both sides."""
+    other = request.device not in ("", str(torch.cuda.get_device_properties(own).uuid))
+    return other and request.nccl_version == nccl.version() != 0
 
 
 def _send_by_nccl(
@@ -302,7 +312,3 @@ def _on_device(
 
 def _bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-
-
-def _uuid(device: torch.device) -> str:
-    return str(torch.cuda.get_device_properties(device).uuid)

@@ -189,7 +189,9 @@ class WeightKeeper:
             if info is None:
                 raise ManifestError(f"version {number} is not announced any more")
             manifest = load_manifest(info.manifest)
-            contents = manifest.peer is None or not self._control.checks_weights
+            # The first engine reads the files by itself; a later one compares what it takes.
+            lazy = self.loaded is not None and self._control.checks_weights
+            contents = manifest.peer is None or not lazy
             folder = await self._transport.fetch(manifest, self._scratch_dir, contents=contents)
         except ManifestError as error:
             failures = self._failed_fetches.get(number, 0) + 1

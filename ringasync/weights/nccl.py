@@ -53,6 +53,7 @@ def _library() -> Any:
     pointer = ctypes.c_void_p
     span = [pointer, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, pointer, pointer]
     for name, arguments in {
+        "ncclGetVersion": [ctypes.POINTER(ctypes.c_int)],
         "ncclGetUniqueId": [ctypes.POINTER(_UniqueId)],
         "ncclCommInitRankConfig": [
             ctypes.POINTER(pointer),
@@ -74,13 +75,17 @@ def _library() -> Any:
     return library
 
 
-def is_available() -> bool:
-    """Whether an NCCL library can be loaded here; import torch first, which brings one."""
+def version() -> int:
+    """NCCL's version (22703: 2.27.3), which both ranks must share; 0 where none can be loaded.
+
+    Import torch first: it brings one.
+    """
+    found = ctypes.c_int(0)
     try:
-        _library()
-    except (OSError, AttributeError):
-        return False
-    return True
+        _check(_library().ncclGetVersion(ctypes.byref(found)), "ncclGetVersion")
+    except (OSError, AttributeError, PeerError):
+        return 0
+    return found.value
 
 
 def new_id() -> str:

@@ -44,7 +44,10 @@ class _Message(BaseModel):
 
 
 class PullRequest(_Message):
-    """``device``: UUID of the CUDA device that is to receive; empty: main memory."""
+    """``device``: UUID of the CUDA device that is to receive; empty: main memory.
+
+    ``nccl_version`` is the worker's, 0 without: two versions of NCCL do not talk to each other.
+    """
 
     protocol: Literal[1] = 1
     run: str = Field(max_length=200)
@@ -52,6 +55,7 @@ class PullRequest(_Message):
     fence: int
     secret: str = Field(max_length=128, repr=False)
     device: str = Field("", max_length=128)
+    nccl_version: int = 0
 
 
 class PullAnswer(_Message):

@@ -25,7 +25,7 @@ class _HaltingServer(PeerServer):
         self,
         connection: peer.Connection,
         held: _Held,
-        device: str,
+        request: peer.PullRequest,
         group: contextlib.ExitStack,
     ) -> str:
         total_bytes = sum(map(peer.tensor_bytes, held.manifest.tensors))

@@ -66,7 +66,7 @@ def pull(
 def _ask(
     connection: peer.Connection, manifest: WeightManifest, offer: PeerOffer, device: torch.device
 ) -> peer.PullAnswer:
-    on_cuda = device.type == "cuda" and nccl.is_available()
+    on_cuda = device.type == "cuda"
     connection.send(
         peer.PullRequest(
             run=manifest.run,
@@ -74,6 +74,7 @@ def _ask(
             fence=manifest.fence,
             secret=offer.secret,
             device=str(torch.cuda.get_device_properties(device).uuid) if on_cuda else "",
+            nccl_version=nccl.version() if on_cuda else 0,
         )
     )
     answer = connection.receive(peer.PullAnswer)
