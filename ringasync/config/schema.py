@@ -10,20 +10,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from ringasync.config.section import DEVICE_PATTERN, Section
+from ringasync.config.starter import StarterConfig as StarterConfig
 
 RUN_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 """No braces, colons or slashes: the name is a Redis hash tag and a folder name."""
 
-DEVICE_PATTERN = r"^(auto|cpu|cuda(:[0-9]{1,2})?)$"
-"""``auto``: the first CUDA device where there is one, else the CPU."""
 
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
-
-
-class RunConfig(_Section):
+class RunConfig(Section):
     """Which run this is and where its files lie."""
 
     name: str = Field("demo", pattern=RUN_NAME_PATTERN)
@@ -31,7 +27,7 @@ class RunConfig(_Section):
     seed: int = Field(0, ge=0, lt=2**31)
 
 
-class RedisConfig(_Section):
+class RedisConfig(Section):
     """The broker. ``embedded`` starts a loopback-only server in the run folder."""
 
     url: str = "embedded"
@@ -42,7 +38,7 @@ class RedisConfig(_Section):
     """Limit given to the embedded server (``noeviction``)."""
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """The policy. ``path``: a local folder, a hub name, or ``starter`` for the small demo model."""
 
     path: str = "starter"
@@ -53,61 +49,7 @@ class ModelConfig(_Section):
     ``dtype``, in the learner and in the inference engine: a mismatch reducer, see docs/moe.md."""
 
 
-class StarterConfig(_Section):
-    """The small character-level Qwen3 that the project builds and fine-tunes when none is given.
-
-    It learns two styles of correct solutions: step by step, and the answer straight off, which a
-    model of this size seldom gets right. Their mix sets its first reward, whatever the seed.
-
-    ``architecture = "qwen3_moe"`` puts ``num_experts`` experts of ``moe_intermediate_size`` into
-    every layer in place of the dense feed-forward network of ``intermediate_size``.
-    """
-
-    architecture: Literal["qwen3", "qwen3_moe"] = "qwen3"
-    num_experts: int = Field(8, ge=2)
-    experts_per_token: int = Field(2, ge=1)
-    moe_intermediate_size: int = Field(128, ge=32, multiple_of=32)
-    router_aux_loss: float = Field(0.01, ge=0)
-    """Weight of the load-balancing loss: without it a fresh router soon uses a few experts only."""
-    tie_word_embeddings: bool = True
-    """Tied: the LM head is the embedding matrix; a third fewer parameters at the demo's size."""
-    hidden_size: int = Field(192, ge=32, multiple_of=32)
-    num_layers: int = Field(2, ge=1)
-    head_dim: int = Field(32, ge=32)
-    num_heads: int = Field(6, ge=1)
-    num_kv_heads: int = Field(6, ge=1)
-    intermediate_size: int = Field(512, ge=32)
-    steps: int = Field(650, ge=1)
-    warmup_steps: int = Field(50, ge=1)
-    rows: int = Field(16, ge=1)
-    row_tokens: int = Field(64, ge=16)
-    """Solutions are packed into so many rows of so many tokens a step."""
-    muon_lr: float = Field(0.01, gt=0)
-    """Matrices are trained by Muon, three times faster here than by Adam."""
-    adam_lr: float = Field(5e-3, gt=0)
-    """Embeddings and norms are trained by AdamW."""
-    short_share: float = Field(0.65, ge=0, le=1)
-    """Share of straight-off answers in the last steps: the larger, the lower the first reward."""
-    short_share_early: float = Field(0.1, ge=0, le=1)
-    early_part: float = Field(0.6, ge=0, le=1)
-    """Part of the steps with ``short_share_early``: the steps are learnt first."""
-    threads: int = Field(2, ge=1)
-    data_workers: int = Field(0, ge=0, le=64)
-    """Processes that write the examples ahead of a fast device; 0: between the steps."""
-    device: str = Field("auto", pattern=DEVICE_PATTERN)
-    """On CUDA forward passes run under bf16 autocast; the master stays float32."""
-
-    @model_validator(mode="after")
-    def _enough_experts(self) -> Self:
-        if self.architecture == "qwen3_moe" and self.experts_per_token > self.num_experts:
-            raise ValueError(
-                f"experts_per_token ({self.experts_per_token}) must not be above num_experts "
-                f"({self.num_experts})"
-            )
-        return self
-
-
-class TaskConfig(_Section):
+class TaskConfig(Section):
     """One domain of the prompt mixture."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,48}$")
@@ -127,7 +69,7 @@ class TaskConfig(_Section):
     """Empty: the kind's own; else ``exact``, ``math_verify`` or ``python:pkg.mod:function``."""
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """Prompts: a weighted mixture of tasks, rendered by a chat-like template."""
 
     tasks: tuple[TaskConfig, ...] = Field(min_length=1)
@@ -137,7 +79,7 @@ class DataConfig(_Section):
     """Passes over finite sources; None repeats them for ever."""
 
 
-class SamplingConfig(_Section):
+class SamplingConfig(Section):
     """How rollouts are sampled. What would make log-probs wrong is refused."""
 
     temperature: float = Field(1.0, gt=0)
@@ -156,7 +98,7 @@ class SamplingConfig(_Section):
         return self
 
 
-class WorkerConfig(_Section):
+class WorkerConfig(Section):
     """Rollout workers."""
 
     count: int = Field(2, ge=0)
@@ -178,7 +120,7 @@ class WorkerConfig(_Section):
     engine_options: dict[str, Any] = Field(default_factory=dict)
 
 
-class GraderConfig(_Section):
+class GraderConfig(Section):
     """Verifiers run in separate processes with limits."""
 
     in_worker: bool = True
@@ -188,14 +130,14 @@ class GraderConfig(_Section):
     max_attempts: int = Field(3, ge=1)
 
 
-class BudgetConfig(_Section):
+class BudgetConfig(Section):
     """Phi of C3PO and C3PO++."""
 
     tokens: int = Field(6144, ge=1)
     count: Literal["trainable", "completed", "generated"] = "trainable"
 
 
-class ScheduleConfig(_Section):
+class ScheduleConfig(Section):
     """C3PO++: Algorithm 1 as ``rounds``, or ``pipelined``."""
 
     mode: Literal["pipelined", "rounds"] = "pipelined"
@@ -220,7 +162,7 @@ class ScheduleConfig(_Section):
     """Share of the last 64 closed groups quarantined at which feeding pauses."""
 
 
-class LossConfig(_Section):
+class LossConfig(Section):
     """IcePop and its neighbours."""
 
     mismatch: Literal["icepop", "tis", "kpop", "none"] = "icepop"
@@ -243,7 +185,7 @@ class LossConfig(_Section):
         return self
 
 
-class LearnerConfig(_Section):
+class LearnerConfig(Section):
     """The learner: optimizer, length of the run, durability."""
 
     backend: Literal["torch"] = "torch"
@@ -269,7 +211,7 @@ class LearnerConfig(_Section):
     stall_report_s: float = Field(30.0, gt=0)
 
 
-class WeightsConfig(_Section):
+class WeightsConfig(Section):
     """How weights reach workers."""
 
     transport: Literal["file", "redis", "nccl"] = "file"
@@ -292,7 +234,7 @@ class WeightsConfig(_Section):
     ``model.dtype``, see ``Config.probe_floors``."""
 
 
-class EvalConfig(_Section):
+class EvalConfig(Section):
     """The fixed held-out set; evaluated before the first and after the last step."""
 
     prompts: int = Field(256, ge=0)
@@ -302,7 +244,7 @@ class EvalConfig(_Section):
     timeout_s: float = Field(300.0, gt=0)
 
 
-class ObservabilityConfig(_Section):
+class ObservabilityConfig(Section):
     """Logs, metrics, report."""
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -311,7 +253,7 @@ class ObservabilityConfig(_Section):
     stall_report_s: float = Field(30.0, gt=0)
 
 
-class Config(_Section):
+class Config(Section):
     """A whole run."""
 
     run: RunConfig = RunConfig()
