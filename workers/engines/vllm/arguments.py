@@ -15,6 +15,9 @@ PROBE_PLACES = 16
 
 _EXTENSION = "workers.engines.vllm.extension.RingExtension"
 _CPU_KV_BYTES = 256 << 20
+_GPU_BATCHED_TOKENS = 16_384
+"""What vLLM takes for offline use on large GPUs. For an AsyncLLM it would take 2,048, and after a
+swap every running rollout's context is computed anew in steps of that size."""
 
 
 def engine_arguments(
@@ -49,6 +52,8 @@ def engine_arguments(
     }
     if options.max_batched_tokens:
         arguments["max_num_batched_tokens"] = options.max_batched_tokens
+    elif not compat.is_cpu():
+        arguments["max_num_batched_tokens"] = max(_GPU_BATCHED_TOKENS, max_model_len_tokens)
     if options.kv_cache_bytes:
         arguments["kv_cache_memory_bytes"] = options.kv_cache_bytes
     if compat.is_cpu():

@@ -22,7 +22,7 @@ class VllmOptions:
     enforce_eager: bool = False
     prefix_caching: bool = True
     max_batched_tokens: int = 0
-    """Most tokens of one step; 0: vLLM's own choice."""
+    """Most tokens of one step; 0: 16,384 on a GPU, vLLM's own choice on a CPU."""
     gather_ms: int = 20
     """How long tokens gather before ``outputs`` hands them out, unless a request ends."""
     seeded_requests: bool = False
