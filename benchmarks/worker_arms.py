@@ -108,6 +108,14 @@ class Meter:
         """See ``Engine.checks_weights``."""
         return self._engine.checks_weights
 
+    async def sleep(self) -> None:
+        """See ``Engine.sleep``."""
+        await self._engine.sleep()
+
+    async def wake(self) -> None:
+        """See ``Engine.wake``."""
+        await self._engine.wake()
+
     async def prepare(self, weights_dir: Path, manifest: WeightManifest | None = None) -> str:
         """See ``Engine.prepare``."""
         return await self._engine.prepare(weights_dir, manifest)

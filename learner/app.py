@@ -52,6 +52,7 @@ def make_backend(config: Config, model: str) -> Backend:
             dtype=_DTYPES[config.model.dtype],
             seed=config.run.seed,
             head_dtype=config.model.head_dtype,
+            begin_offloaded=config.schedule.colocated,
         ),
     )
 

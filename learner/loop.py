@@ -24,8 +24,10 @@ from learner.backends.base import Backend
 from learner.batch import TrainBatch
 from learner.batcher import Batcher, BatchRequest
 from learner.checkpoint import CheckpointMeta, save_checkpoint
+from learner.device_turn import DeviceTurn
 from learner.journal import Journal
 from learner.keeper import Keeper
+from learner.outcomes import note_closed_groups
 from learner.publisher import Publication, Publisher
 from learner.record import BatchRecord
 from learner.recovery import reconcile
@@ -38,21 +40,13 @@ from ringasync.broker.types import Fence
 from ringasync.config.schema import Config
 from ringasync.errors import InvariantError
 from ringasync.observability.log import bind_identity
-from ringasync.records.states import GroupState, Phase
+from ringasync.records.states import Phase
 from ringasync.runtime import crashpoints
 from ringasync.runtime.shutdown import Shutdown
 
 _POLL_S = 0.05
-_OUTCOMES_A_CALL = 1000
 _GAP_ALARM_NATS = 0.05
 """Mean log-prob gap at age 0 above which training "essentially fails" (Ring-1T, IcePop blog)."""
-_CLOSED_WITHOUT_TRAINING = (
-    GroupState.FILTERED,
-    GroupState.STALE,
-    GroupState.PURGED,
-    GroupState.QUARANTINED,
-    GroupState.GRADE_ERROR,
-)
 
 
 class LearnerLoop:
@@ -83,6 +77,7 @@ class LearnerLoop:
         self._config = config
         self._shutdown = shutdown
         self._batcher = Batcher(broker, fence, config)
+        self._device = DeviceTurn(broker, fence, keeper, backend, thread, config)
         self._stall = StallWatch(broker, config.learner.stall_report_s)
         self._incarnation = keeper.poll.incarnation
         self._complete = False
@@ -97,6 +92,7 @@ class LearnerLoop:
         """Catch up with the journal, then train to the end or to a shutdown; checkpoint at both."""
         await self._catch_up()
         await self._publish_if_new(StepTimes())
+        await self._device.give_back()
         pipelined = self._config.schedule.mode == "pipelined"
         going = True
         while going and not self._finished():
@@ -146,6 +142,7 @@ class LearnerLoop:
         """Wait for the coordinator to hand a round over, train what is ready, finish the round."""
         self._status("waiting for a round")
         while not self._interrupted():
+            await self._device.give_back()  # whoever held it: while a round is made it is theirs
             began = time.monotonic()
             poll = await self._keeper.beat()
             if poll.round_state == "training":
@@ -168,6 +165,7 @@ class LearnerLoop:
             else:
                 self._log.warning("round closed with nothing to train", round=round_id)
         await self._publish_if_new(times)
+        await self._device.give_back()
         await self._broker.finish_round(self._fence, round_id)
         self._stall.progress()
 
@@ -217,8 +215,9 @@ class LearnerLoop:
         crashpoints.reach("committed", record.step)
         times.journal_s = time.monotonic() - began
         done = await self._train(record, entry.end, times)
-        await self._note_closed_groups()
+        await note_closed_groups(self._broker, self.state)
         await self._publish_if_new(times)
+        times.handover_s += await self._device.give_back()
         if self.state.step % self._config.learner.checkpoint_every_steps == 0:
             await self._checkpoint_if_new(times)
         await self._report(done)
@@ -227,6 +226,7 @@ class LearnerLoop:
     async def _train(
         self, record: BatchRecord, end: int, times: StepTimes, *, replayed: bool = False
     ) -> TrainedStep:
+        times.handover_s += await self._device.take()
         began = time.monotonic()
         batch: TrainBatch = record.train_batch()
         result = await self._thread.run(self._backend.train_batch, batch)
@@ -306,6 +306,7 @@ class LearnerLoop:
     async def _publish_if_new(self, times: StepTimes) -> None:
         if self.state.published_step == self.state.step or self._behind():
             return
+        times.handover_s += await self._device.take()  # the probe is computed
         began = time.monotonic()
         pinned = (await self._keeper.beat()).pin_version
         publication = Publication(
@@ -344,23 +345,6 @@ class LearnerLoop:
             self.state.carry,
             keep=self._config.learner.checkpoint_keep,
         )
-
-    async def _note_closed_groups(self) -> None:
-        """Prompts of groups that ended untrained need not be fed again either."""
-        while True:
-            outcomes = await self._broker.read_outcomes(self.state.outcomes_seen, _OUTCOMES_A_CALL)
-            closed: list[int] = []
-            for outcome in outcomes:
-                self.state.outcomes_seen = outcome.entry_id
-                if outcome.rollout_id:  # replaced by a sibling: its group goes on
-                    continue
-                if outcome.kind == "train" and outcome.end in _CLOSED_WITHOUT_TRAINING:
-                    group = await self._broker.group(outcome.group_id)
-                    if group and "source_index" in group:
-                        closed.append(int(group["source_index"]))
-            self.state.position = self.state.position.close(closed)
-            if len(outcomes) < _OUTCOMES_A_CALL:
-                return
 
     async def _report(self, done: TrainedStep) -> None:
         metrics = step_metrics(done, self._config.loss, self.state.policy_version)

@@ -20,6 +20,8 @@ class StepTimes:
     """Seconds of one step by what they were spent on."""
 
     wait_s: float = 0.0
+    handover_s: float = 0.0
+    """``schedule.colocated``: until the workers slept, and moving the state there and back."""
     assemble_s: float = 0.0
     journal_s: float = 0.0
     train_s: float = 0.0
@@ -32,6 +34,7 @@ class StepTimes:
             name: round(float(getattr(self, name)), 6)
             for name in (
                 "wait_s",
+                "handover_s",
                 "assemble_s",
                 "journal_s",
                 "train_s",

@@ -21,6 +21,7 @@
     │   ├── SwapFailedError
     │   ├── PeerError           the learner did not hand over its tensors: take the files
     │   └── TransportRefusedError
+    ├── HandoverError          the workers did not leave the device: see who owes it  exit 8
     ├── EngineError            the inference engine is unusable: rebuild it or exit  exit 6
     ├── VerifierError          no verdict: retry, never a zero reward
     │   ├── VerifierTimeoutError
@@ -136,6 +137,12 @@ class EngineError(RingError):
     """The inference engine failed; its process or object must be rebuilt."""
 
     exit_code = 6
+
+
+class HandoverError(RingError):
+    """A worker did not leave the shared device in time; the message names it."""
+
+    exit_code = 8
 
 
 class VerifierError(RingError):

@@ -18,6 +18,9 @@ OnTokens = Callable[[Sequence[TokenChunk]], None]
 MakeEngine = Callable[[Path], Engine]
 """Makes an unstarted engine for a weights folder (which says what EOS is)."""
 
+DEVICE = "the learner has the device"
+"""Reason to hold the engine while a shared device is the learner's."""
+
 log = get_logger()
 
 
@@ -36,6 +39,7 @@ class EngineControl:
         self._lock = asyncio.Lock()
         self._reasons: set[str] = set()
         self._engine: Engine | None = None
+        self._asleep = False
         self._pump_task: asyncio.Task[None] | None = None
         self.failed: EngineError | None = None
 
@@ -74,6 +78,7 @@ class EngineControl:
                 await asyncio.gather(self._pump_task, return_exceptions=True)
                 self._pump_task = None
             engine, self._engine = self._engine, None
+            self._asleep = False
             if engine is not None:
                 await engine.stop()
             self.failed = None
@@ -97,6 +102,29 @@ class EngineControl:
                 self._reasons.discard(reason)
                 if not self._reasons and self.is_running:
                     await self._alive().resume()
+
+    async def sleep(self, reason: str) -> None:
+        """Hold, and have the engine leave its device; a dead one is stopped, which frees it too.
+
+        ``failed`` stays, so that a dead engine is rebuilt once the device is there again.
+        """
+        await self.hold(reason)
+        async with self._lock:
+            if self._engine is None or self._asleep:
+                return
+            if self.failed is not None:
+                await self._engine.stop()
+            else:
+                await self._engine.sleep()
+                self._asleep = True
+
+    async def wake(self, reason: str) -> None:
+        """The engine's device is there again: wake it and withdraw the reason to hold."""
+        async with self._lock:
+            if self._asleep:
+                await self._alive().wake()
+                self._asleep = False
+        await self.release(reason)
 
     async def submit(self, requests: Sequence[GenerationRequest]) -> None:
         """Generate these."""

@@ -20,11 +20,13 @@ from ringasync.runtime.shutdown import Shutdown
 from ringasync.weights.canary import ProbeGate
 from ringasync.weights.transport import Transport
 from workers.buffers import RolloutStore
+from workers.device_turn import DeviceTurn
 from workers.engine_control import EngineControl, MakeEngine
 from workers.engines.base import TokenChunk
 from workers.flusher import Flusher
 from workers.intake import ModelLimits, TakePause, sort_leases
 from workers.session import SessionKeeper, Status
+from workers.tasks import first_end
 from workers.throttle import Throttle
 from workers.throughput import Throughput
 from workers.weight_keeper import WeightKeeper
@@ -92,6 +94,7 @@ class RolloutWorker:
             status=self.status,
             changed=self._changed,
         )
+        self.device = DeviceTurn(self.control, self.session.beat)
         self.flusher = Flusher(
             broker,
             self.store,
@@ -135,7 +138,7 @@ class RolloutWorker:
             )
             helpers.append(self._companion_task)
         try:
-            await self._first_end(main, overdue, helpers)
+            await first_end((main, overdue), helpers)
             return main.result() if main.done() else "stopped, not drained in time"
         finally:
             for task in (main, *helpers):
@@ -143,19 +146,6 @@ class RolloutWorker:
             await asyncio.gather(main, *helpers, return_exceptions=True)
             await self.control.stop()
             await self.weights.close()
-
-    async def _first_end(
-        self,
-        main: asyncio.Task[str],
-        overdue: asyncio.Task[None],
-        helpers: Sequence[asyncio.Task[None]],
-    ) -> None:
-        """Wait for the main task, the drain's deadline, or the first failure, which is raised."""
-        waiting: set[asyncio.Task[Any]] = {main, *helpers}
-        while not main.done() and not overdue.done():
-            done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
 
     def status(self) -> Status:
         """What ``top`` shows of this worker."""
@@ -172,7 +162,7 @@ class RolloutWorker:
             **self.weights.figures,
             "finished": self.flusher.finished,
             "parked": self.flusher.parked,
-            **{**self.control.figures, **self._more_status()},
+            **{**self.control.figures, **self.device.status, **self._more_status()},
         }
 
     # The main task.
@@ -205,14 +195,21 @@ class RolloutWorker:
         if self.session.lost:
             await self._renew_session()
             return
-        if self.control.failed is not None:
+        learners_turn = self.device.is_learners(poll)
+        if self.control.failed is not None and not learners_turn:
             await self._rebuild(self.control.failed)
         await self._drop_lost()
         await self._follow_pause(poll)
         if poll.round_state == "closing":
             await self._park("round closed", "train")
+        if learners_turn:
+            self._doing = "asleep: the learner has the device"
+            await self.device.sleep()
+            return
         await self._follow_weights(poll)
-        if self.control.is_running:
+        if self.device.is_asleep and (poll.paused or self.weights.wanted(poll) is None):
+            await self.device.wake()
+        if self.control.is_running and not self.device.is_asleep:
             await self._take(poll)
 
     async def _renew_session(self) -> None:

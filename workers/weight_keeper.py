@@ -18,7 +18,7 @@ from ringasync.weights.canary import ProbeGate, compare_read_back, probe_gaps
 from ringasync.weights.manifest import load_manifest
 from ringasync.weights.transport import Transport
 from workers.buffers import RolloutStore
-from workers.engine_control import EngineControl
+from workers.engine_control import DEVICE, EngineControl
 from workers.engines.base import ScoreRequest
 
 MAX_FETCHES = 3
@@ -145,6 +145,7 @@ class WeightKeeper:
             self._store.held_version = version.number
             await self._control.load(version.folder, version.number)
             crashpoints.reach("swapping")
+            await self._control.wake(DEVICE)  # where it slept: loaded first, it wakes but once
             await self._control.release("weights")
             await self._try(version.manifest)
         except (CanaryError, EngineError) as error:

@@ -79,6 +79,17 @@ class Backend(Protocol):
         """Restore what ``state_dict`` gave, bit for bit. Raises ``CheckpointError``."""
         ...
 
+    def offload(self) -> None:
+        """Leave the device: all state goes to main memory, caches are dropped, values stay.
+
+        ``state_dict``, ``load_state_dict`` and ``save_hf`` work there too.
+        """
+        ...
+
+    def onload(self) -> None:
+        """Come back to the device. Both may be called twice."""
+        ...
+
     def save_hf(self, directory: Path) -> None:
         """Write the policy as an HF-format folder: ``config.json``, ``model.safetensors``."""
         ...

@@ -24,12 +24,13 @@ from learner.backends.export import export_hf
 from learner.backends.heads import use_float32_head
 from learner.backends.routers import freeze_routers
 from learner.backends.routing_replay import replayed_routing, require_routers
-from learner.backends.torch_state import export_state, import_state
+from learner.backends.torch_state import export_state, import_state, move_state
 from learner.batch import TrainBatch
 from learner.devices import resolve_device
 from ringasync.config.schema import LearnerConfig, LossConfig
 from ringasync.errors import NonFiniteLogprobError, TrainingError
 
+_HOST = torch.device("cpu")
 _ENTROPY_MAX_VOCAB = 8192
 """Above this vocabulary the entropy would cost another array of the logits' size."""
 
@@ -41,6 +42,7 @@ class TorchSettings:
     ``temperature`` is the sampling temperature, applied to the logits of every training log-prob.
     ``dtype`` is the dtype of forward passes and of published weights; the master stays fp32.
     ``head_dtype`` may set the LM head apart: ``float32`` above a body in ``dtype``.
+    ``begin_offloaded``: stay in main memory until ``onload``.
     """
 
     learner: LearnerConfig
@@ -49,6 +51,7 @@ class TorchSettings:
     dtype: torch.dtype = torch.float32
     seed: int = 0
     head_dtype: Literal["model", "float32"] = "model"
+    begin_offloaded: bool = False
 
 
 def warmup_lr(peak: float, warmup_steps: int, updates_done: int) -> float:
@@ -66,7 +69,8 @@ class TorchBackend:
         self._settings = settings
         self._source = source
         self._device = resolve_device(settings.learner.device)
-        self._model = model.to(device=self._device, dtype=torch.float32)
+        home = _HOST if settings.begin_offloaded else self._device
+        self._model = model.to(device=home, dtype=torch.float32)
         self._model.eval()  # dropout would falsify log-probs; gradients flow all the same
         use_autocast_experts(self._model)
         if settings.head_dtype == "float32" and settings.dtype != torch.float32:
@@ -282,11 +286,22 @@ class TorchBackend:
 
     def state_dict(self) -> dict[str, Tensor]:
         """See ``Backend.state_dict``."""
-        return export_state(self._model, self._optimizer, self._updates)
+        return export_state(self._model, self._optimizer, self._updates, self._device)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """See ``Backend.load_state_dict``."""
-        self._updates = import_state(self._model, self._optimizer, state)
+        self._updates = import_state(self._model, self._optimizer, state, self._device)
+
+    def offload(self) -> None:
+        """See ``Backend.offload``. Of CUDA its context stays, which no process can leave alive."""
+        self._optimizer.zero_grad(set_to_none=True)
+        move_state(self._model, self._optimizer, _HOST)
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def onload(self) -> None:
+        """See ``Backend.onload``."""
+        move_state(self._model, self._optimizer, self._device)
 
     def save_hf(self, directory: Path) -> None:
         """See ``Backend.save_hf``; tokenizer files are copied from the starting model's folder."""

@@ -11,11 +11,12 @@ _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 def export_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, updates: int
+    model: nn.Module, optimizer: torch.optim.Optimizer, updates: int, device: torch.device
 ) -> dict[str, Tensor]:
     """Names: ``model.X``, ``optim.X.{step,exp_avg,exp_avg_sq}``, ``train.updates``, ``rng.*``.
 
     Tied weights appear once. The learning-rate schedule is a function of ``train.updates``.
+    ``device`` is where the model trains, wherever it lies now.
     """
     state: dict[str, Tensor] = {}
     for name, tensor in _model_tensors(model).items():
@@ -25,14 +26,16 @@ def export_state(
             state[f"optim.{name}.{key}"] = torch.as_tensor(value).detach()
     state["train.updates"] = torch.tensor(updates, dtype=torch.int64)
     state["rng.torch"] = torch.get_rng_state()
-    device = next(model.parameters()).device
     if device.type == "cuda":
         state["rng.cuda"] = torch.cuda.get_rng_state(device)
     return state
 
 
 def import_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Tensor]
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Tensor],
+    device: torch.device,
 ) -> int:
     """Restore ``export_state``; returns the updates done. Nothing is changed when it raises.
 
@@ -45,10 +48,21 @@ def import_state(
     _import_moments(model, optimizer, state)
     if "rng.torch" in state:
         torch.set_rng_state(state["rng.torch"])
-    device = next(model.parameters()).device
     if "rng.cuda" in state and device.type == "cuda":
         torch.cuda.set_rng_state(state["rng.cuda"], device)
     return int(state["train.updates"])
+
+
+def move_state(model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Move parameters, buffers and moments to ``device`` in place, without loss of a bit.
+
+    The optimizer keeps its parameters; AdamW's step counters stay in main memory as they were.
+    """
+    model.to(device)
+    for moments in optimizer.state.values():
+        for key in ("exp_avg", "exp_avg_sq"):
+            if key in moments:
+                moments[key] = moments[key].to(device)
 
 
 def _checked(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:

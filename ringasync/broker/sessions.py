@@ -89,7 +89,7 @@ def _flat(fields: Mapping[str, str | int | float]) -> list[Arg]:
 
 
 def _poll(reply: list[Any]) -> Poll:
-    phase, paused, latest, pin, bad, round_id, state, incarnation, step = (
+    phase, paused, latest, pin, bad, round_id, state, incarnation, step, turn = (
         text(value) for value in reply[1:]
     )
     return Poll(
@@ -103,4 +103,5 @@ def _poll(reply: list[Any]) -> Poll:
         round_state=cast(RoundState, state or "none"),
         incarnation=int(incarnation),
         learner_step=int(step or 0),
+        device_turn=int(turn or 0),
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 from ringasync.broker.core import Arg, BrokerCore, fence_args, text
 from ringasync.broker.types import (
+    DeviceClaim,
     Fence,
     RawGroup,
     RawRollout,
@@ -149,6 +150,25 @@ class TrainingMixin(BrokerCore):
         for group_id, (tokens, trajectories) in groups.items():
             args += [group_id, tokens, trajectories]
         return bool(await self._script("force_taken", *fence_args(fence), batch_id, *args))
+
+    # The device that learner and workers share
+
+    async def take_device(self, fence: Fence, grace_ms: int) -> DeviceClaim:
+        """Ask for the device, or look whether it is had by now. Repeats change nothing.
+
+        ``grace_ms`` is what workers get after a new incarnation to open sessions again.
+        """
+        turn, *rows = await self._script("take_device", *fence_args(fence), grace_ms)
+        names = [text(part) for part in rows]
+        owed = zip(names[::3], names[1::3], names[2::3], strict=True)
+        return DeviceClaim(
+            int(turn),
+            tuple(f"{name} ({doing}, heartbeat {age} ms ago)" for name, doing, age in owed),
+        )
+
+    async def return_device(self, fence: Fence, turn: int) -> bool:
+        """The learner is off the device; False on a repeat."""
+        return bool(await self._script("return_device", *fence_args(fence), turn))
 
     # Versions
 

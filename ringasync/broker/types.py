@@ -128,6 +128,17 @@ class Poll:
     """``closing``: park every train rollout now."""
     incarnation: int
     learner_step: int
+    device_turn: int = 0
+    """``schedule.colocated``: odd while the learner asks for the device or has it. Only rises."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceClaim:
+    """The learner's claim on the device under an odd ``turn``; ``owed_by`` empty: it has it."""
+
+    turn: int
+    owed_by: tuple[str, ...]
+    """One line for each worker that has not said that it sleeps in this turn."""
 
 
 @dataclass(frozen=True, slots=True)

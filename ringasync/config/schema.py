@@ -155,6 +155,12 @@ class ScheduleConfig(Section):
 
     1: staleness is bounded by admission alone, at the price of waiting for the longest rollouts.
     0: nobody waits, and long rollouts go stale. See ``ringasync/scheduling/admission.py``."""
+    colocated: bool = False
+    """``rounds``: learner and workers take turns on one device; each leaves it while the other has
+    its turn, see docs/scheduling.md."""
+    handover_timeout_s: float = Field(900.0, gt=0)
+    """``colocated``: how long the learner waits for the workers to leave the device before it ends
+    with an error that names who owes it."""
     max_attempts: int = Field(5, ge=1)
     """Leases lost without progress before a rollout is quarantined."""
     filter_zero_variance: bool = True
@@ -309,6 +315,12 @@ class Config(Section):
             yield (
                 f"schedule.pool_capacity ({schedule.pool_capacity}) must hold one group of "
                 f"schedule.group_size ({schedule.group_size})"
+            )
+        if schedule.colocated and schedule.mode != "rounds":
+            yield (
+                f"schedule.colocated = true needs schedule.mode = 'rounds', not {schedule.mode!r}: "
+                "only rounds have a moment at which nobody generates; set the mode, or give "
+                "learner and workers devices of their own (learner.device, worker.gpus)"
             )
         if worker.heartbeat_ms * 3 > worker.session_ttl_ms:
             yield (

@@ -83,6 +83,7 @@ def judge(now: Situation, sessions: Sequence[Session]) -> Stall:
     """Who has the next move. The order is that of the data's way, seen from its hindrances."""
     return (
         _halted(now, sessions)
+        or _device_owed(now, sessions)
         or _owed_by_learner(now, sessions)
         or _owed_by_workers(now, sessions)
         or Stall(f"the coordinator's next turn ({now.doing})", "the coordinator")
@@ -101,6 +102,22 @@ def _halted(now: Situation, sessions: Sequence[Session]) -> Stall | None:
     if now.redis_full or any(_FULL in row.get("doing", "") for row in sessions):
         return Stall("memory in Redis", "the learner, which frees it, or a larger maxmemory")
     return None
+
+
+def _device_owed(now: Situation, sessions: Sequence[Session]) -> Stall | None:
+    """``schedule.colocated``: who is on a device that it is to leave, or who never came for it."""
+    turn = now.poll.device_turn
+    if turn % 2 == 0:
+        asleep = [row for row in sessions if int(row.get("asleep_turn", "0")) > 0]
+        if not asleep:
+            return None
+        return Stall("workers that have the device again to wake", _describe(asleep, "worker"))
+    awake = [row for row in sessions if int(row.get("asleep_turn", "0")) != turn]
+    if _any(awake, "worker"):
+        return Stall(f"the device for the learner (turn {turn})", _describe(awake, "worker"))
+    return Stall(
+        f"the learner to hand the device back (turn {turn})", _describe(sessions, "learner")
+    )
 
 
 def _owed_by_learner(now: Situation, sessions: Sequence[Session]) -> Stall | None:

@@ -16,7 +16,7 @@ from ringasync.observability.plots import (
 from ringasync.observability.run_metrics import Line, RunMetrics, number
 from ringasync.records.states import Account
 
-_TIMES = ("wait", "assemble", "journal", "train", "checkpoint", "publish")
+_TIMES = ("wait", "handover", "assemble", "journal", "train", "checkpoint", "publish")
 _BUSY_WORDS = 3
 
 

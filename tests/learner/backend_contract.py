@@ -179,6 +179,26 @@ class BackendContract:
         assert first.keys() == second.keys()
         assert all(torch.equal(first[name], second[name]) for name in first)
 
+    def test_leaving_the_device_changes_no_bit(self) -> None:
+        one, other = (self.make(learner_config(warmup_steps=3)) for _ in range(2))
+        other.offload()
+        for step in range(3):
+            batch = toy_batch(step=step)
+            other.onload()
+            other.onload()
+            assert one.train_batch(batch).loss == other.train_batch(batch).loss
+            other.offload()
+            other.offload()
+        first, second = snapshot(one), snapshot(other)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[name].cpu(), second[name].cpu()) for name in first)
+        third = self.make(learner_config(warmup_steps=3))
+        third.offload()
+        third.load_state_dict(second)
+        third.onload()
+        batch = toy_batch(step=3)
+        assert one.train_batch(batch).loss == third.train_batch(batch).loss
+
     def test_state_of_another_model_is_refused(self) -> None:
         backend = self.make()
         before = snapshot(backend)

@@ -81,6 +81,29 @@ def test_bfloat16_on_cuda_is_near_float32(head_dtype: str, tmp_path: Path) -> No
     assert (tmp_path / "model.safetensors").is_file()
 
 
+def test_an_offloaded_learner_leaves_next_to_nothing_on_the_device(tmp_path: Path) -> None:
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    backend, stays = backend_on("cuda", begin_offloaded=True), backend_on("cpu")
+    assert torch.cuda.memory_reserved() == before
+    backend.onload()
+    held = backend_on("cuda")
+    for step in range(2):
+        batch = toy_batch(step=step)
+        assert backend.train_batch(batch).loss == held.train_batch(batch).loss
+        on_device = torch.cuda.memory_allocated()
+        backend.offload()
+        moved = sum(t.nbytes for n, t in backend.state_dict().items() if n[:4] in ("mode", "opti"))
+        assert on_device - torch.cuda.memory_allocated() > 0.9 * moved
+        backend.save_hf(tmp_path / str(step))
+        backend.onload()
+    del held
+    backend.offload()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_allocated() < 1 << 20
+    stays.load_state_dict({n: t.cpu() for n, t in snapshot(backend).items()})
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("architecture", ["qwen3", "qwen3_moe"])
 def test_starter_is_built_on_cuda(

@@ -11,7 +11,7 @@ import torch
 
 from learner.backends.base import ScoredSequence
 from learner.backends.torch_backend import TorchBackend, TorchSettings
-from learner.loop import LearnerLoop
+from learner.outcomes import note_closed_groups
 from learner.state import LearnerState
 from ringasync.broker.types import NewGroup, VersionInfo
 from ringasync.weights.manifest import load_manifest
@@ -64,10 +64,9 @@ async def test_a_replaced_rollout_does_not_close_its_prompt(feeder: Feeder) -> N
     await broker.feed(coordinator, "p", groups, "c")
     await broker.purge(coordinator, "q", -1, "replace")  # every rollout is replaced
     await broker.end_group(coordinator, "p2", "purged", "a test")
-    loop = object.__new__(LearnerLoop)  # this duty needs the broker and the state alone
-    loop._broker, loop.state = broker, LearnerState()
-    await loop._note_closed_groups()
-    assert [loop.state.position.is_closed(i) for i in range(3)] == [True, False, True]
+    state = LearnerState()
+    await note_closed_groups(broker, state)
+    assert [state.position.is_closed(i) for i in range(3)] == [True, False, True]
 
 
 CRASHES = (

@@ -73,6 +73,7 @@ def make_engine(
         dtype="bfloat16" if ON_GPU else "float32",
         keep_kv=keep_kv,
         routed_experts=routed_experts,
+        colocated=ON_GPU,
         options=VllmOptions(**small | options),
     )
 

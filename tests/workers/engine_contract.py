@@ -142,6 +142,47 @@ class EngineContract:
         expected = kit.reference(kit.weights(0), prompt, collector["r"].tokens, 1.0)
         assert np.abs(np.asarray(collector["r"].logprobs) - expected).max() < kit.max_gap_nats
 
+    @pytest.mark.parametrize("swap", ["never", "asleep", "awake"])
+    async def test_requests_sleep_and_go_on_as_if_paused(
+        self, kit: EngineKit, engine: Engine, swap: str
+    ) -> None:
+        collector = Collector(engine)
+        given = prompts(kit, 3)
+        names = ["r0", "r1"]
+        await engine.generate([request(n, p, 40) for n, p in zip(names, given, strict=False)])
+        await engine.generate([request("gone", given[2], 90)])
+        await collector.until_tokens("r1", 5)
+        await engine.sleep()
+        await engine.sleep()
+        await collector.rest()
+        before = {name: len(collector[name].tokens) for name in names}
+        for refused in (engine.resume, engine.read_back):
+            with pytest.raises(EngineError, match="asleep"):
+                await refused()
+        await engine.abort(["gone"])
+        kept = list(collector["gone"].tokens)
+        if swap == "asleep":
+            await engine.load_weights(kit.weights(1), 5)
+        await engine.wake()
+        await engine.wake()
+        await collector.rest()
+        assert {name: len(collector[name].tokens) for name in names} == before
+        if swap == "awake":
+            await engine.load_weights(kit.weights(1), 5)
+        assert await engine.read_back() == _file_digests(kit.weights(int(swap != "never")))
+        await engine.resume()
+        await collector.until_finished(*names)
+        assert collector["gone"].tokens == kept
+        version, later = (3, 0) if swap == "never" else (5, 1)
+        for name, prompt in zip(names, given, strict=False):
+            got, cut = collector[name], before[name]
+            assert got.versions == [3] * cut + [version] * (40 - cut)
+            old = kit.reference(kit.weights(0), prompt, got.tokens[:cut], 1.0)
+            context = [*prompt, *got.tokens[:cut]]
+            new = kit.reference(kit.weights(later), context, got.tokens[cut:], 1.0)
+            gap = np.abs(np.asarray(got.logprobs) - np.concatenate([old, new]))
+            assert gap.max() < kit.max_gap_nats
+
     async def test_abort_keeps_what_was_delivered_and_delivers_no_more(
         self, kit: EngineKit, engine: Engine
     ) -> None:

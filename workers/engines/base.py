@@ -147,6 +147,19 @@ class Engine(Protocol):
         """Go on with all requests under the present weights."""
         ...
 
+    async def sleep(self) -> None:
+        """Leave the device as far as this engine can (its docstring says how far).
+
+        Pauses, as ``pause`` does. Requests stay, ``generate`` and ``abort`` work, KV may be lost
+        and is then computed anew; ``load_weights`` works and counts. ``score``, ``read_back`` and
+        ``resume`` have to wait for ``wake``. Nothing happens the second time.
+        """
+        ...
+
+    async def wake(self) -> None:
+        """Come back, paused, under the weights loaded last; nothing to do for one awake."""
+        ...
+
     async def score(self, requests: Sequence[ScoreRequest]) -> list[npt.NDArray[np.float32]]:
         """Log-probs [T] of each request's ``token_ids`` under the live weights, T = 1, in order."""
         ...

@@ -88,6 +88,7 @@ class EngineFactory:
             keep_kv=worker.kv == "keep",
             gather_tokens=gather_tokens(worker.flush_tokens),
             routed_experts=config.loss.routing_replay,
+            colocated=config.schedule.colocated,
             options=self._options(),
         )
 

@@ -113,6 +113,7 @@ class ScriptedEngine:
         self._filled = asyncio.Event()
         self._may_step = asyncio.Event()
         self._paused = False
+        self._asleep = False
         self._alive = False
         self._error: str | None = None
         self._ticker: asyncio.Task[None] | None = None
@@ -196,15 +197,25 @@ class ScriptedEngine:
             raise EngineError("load_weights needs a paused engine")
         self._install(self._read(weights_dir), policy_version)
 
+    async def sleep(self) -> None:
+        """See ``Engine.sleep``. There is nothing to free."""
+        self._require()
+        self._paused = self._asleep = True
+
+    async def wake(self) -> None:
+        """See ``Engine.wake``."""
+        self._require()
+        self._asleep = False
+
     async def resume(self) -> None:
         """See ``Engine.resume``."""
-        self._require()
+        self._require_awake()
         self._paused = False
         self._may_step.set()
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[npt.NDArray[np.float32]]:
         """See ``Engine.score``."""
-        self._require()
+        self._require_awake()
         return [
             np.asarray(
                 [
@@ -220,7 +231,7 @@ class ScriptedEngine:
 
     async def read_back(self) -> dict[str, str]:
         """See ``Engine.read_back``."""
-        self._require()
+        self._require_awake()
         return {
             name: xxhash.xxh3_128_hexdigest(np.ascontiguousarray(tensor).tobytes())
             for name, tensor in self._tensors.items()
@@ -281,3 +292,8 @@ class ScriptedEngine:
     def _require(self) -> None:
         if not self._alive:
             raise EngineError(self._error or "the engine is not running")
+
+    def _require_awake(self) -> None:
+        self._require()
+        if self._asleep:
+            raise EngineError("the engine is asleep: wake it first")

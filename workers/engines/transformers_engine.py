@@ -95,6 +95,7 @@ class TransformersEngine:
         self._outbox: Outbox | None = None
         self._dtypes: dict[str, torch.dtype] = {}
         self._prompt_tokens = 0
+        self._asleep = False
         self._pause_scope: contextlib.AbstractContextManager[None] | None = None
         # The manager counts pauses by thread, so pause and resume must come from the same one.
         self._control = ThreadPoolExecutor(1, thread_name_prefix="engine-control")
@@ -187,21 +188,33 @@ class TransformersEngine:
             raise EngineError("load_weights needs a paused engine")
         await self._in_control_thread(self._load, weights_dir, policy_version)
 
+    async def sleep(self) -> None:
+        """See ``Engine.sleep``. It moves nothing: this engine runs on the CPU, where there is no
+        device to leave. It only stands still."""
+        await self.pause()
+        self._asleep = True
+
+    async def wake(self) -> None:
+        """See ``Engine.wake``."""
+        self._require()
+        self._asleep = False
+
     async def resume(self) -> None:
         """See ``Engine.resume``."""
+        self._require_awake()
         if self._pause_scope is not None:
             await self._in_control_thread(self._leave_pause)
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[npt.NDArray[np.float32]]:
         """See ``Engine.score``. One padded forward in another thread, beside generation."""
-        self._require()
+        self._require_awake()
         if not requests:
             return []
         return await asyncio.to_thread(self._score, list(requests))
 
     async def read_back(self) -> dict[str, str]:
         """See ``Engine.read_back``. Digests are taken in the dtype the weights were stored in."""
-        self._require()
+        self._require_awake()
         return await asyncio.to_thread(self._digests)
 
     # What follows runs in the control thread, the manager's thread or a worker thread.
@@ -350,6 +363,11 @@ class TransformersEngine:
         if self._manager is None or self._outbox is None:
             raise EngineError("the engine is not running")
         return self._outbox, self._manager
+
+    def _require_awake(self) -> None:
+        self._require()
+        if self._asleep:
+            raise EngineError("the engine is asleep: wake it first")
 
     async def _in_control_thread(self, function: Any, *args: Any) -> None:
         await asyncio.get_running_loop().run_in_executor(self._control, function, *args)

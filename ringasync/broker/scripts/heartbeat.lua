@@ -9,8 +9,9 @@ if alive == 1 then
   if #ARGV > 2 then call('HSET', P .. 'session:' .. sid, unpack(ARGV, 3)) end
 end
 local m = call('HMGET', P .. 'meta', 'phase', 'paused', 'latest_version', 'pin_version',
-  'bad_versions', 'round_id', 'round_state', 'incarnation', 'learner_step')
+  'bad_versions', 'round_id', 'round_state', 'incarnation', 'learner_step',
+  'device_turn')
 if not m[8] then return { '!NORUN' } end
 local reply = { alive }
-for i = 1, 9 do reply[i + 1] = m[i] or '' end
+for i = 1, 10 do reply[i + 1] = m[i] or '' end
 return reply

@@ -30,6 +30,7 @@ def engine_arguments(
     seed: int,
     fp32_head: bool,
     routed_experts: bool = False,
+    sleep_mode: bool = False,
 ) -> dict[str, Any]:
     """Arguments of ``AsyncEngineArgs``; the user's own ``engine_args`` come last."""
     arguments: dict[str, Any] = {
@@ -60,6 +61,8 @@ def engine_arguments(
         # There the share of memory is only a check at the start.
         arguments |= {"gpu_memory_utilization": 0.05, "enforce_eager": True}
         arguments.setdefault("kv_cache_memory_bytes", _CPU_KV_BYTES)
+    if sleep_mode:
+        arguments["enable_sleep_mode"] = True
     if fp32_head:
         arguments["hf_overrides"] = {"head_dtype": "float32"}
     if routed_experts:

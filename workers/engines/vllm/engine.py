@@ -31,6 +31,7 @@ from workers.engines.base import (
     TokenChunk,
 )
 from workers.engines.vllm import arguments, compat, packing, plugin
+from workers.engines.vllm.nap import Nap
 from workers.engines.vllm.options import VllmOptions
 from workers.engines.vllm.token_sink import TokenSink
 
@@ -62,6 +63,7 @@ class VllmEngine:
         keep_kv: bool = False,
         gather_tokens: int = 0,
         routed_experts: bool = False,
+        colocated: bool = False,
         options: VllmOptions | None = None,
     ) -> None:
         self._sampling = sampling
@@ -78,6 +80,9 @@ class VllmEngine:
         self._sink: TokenSink | None = None
         self._stop_ids: list[int] = []
         self._paused = False
+        self._colocated = colocated
+        self._nap = Nap(self._options.sleep_level)
+        self._loaded: tuple[Path, int] | None = None
         self._scores = itertools.count()
         self.last_swap_s: dict[str, float] = {}
         """Seconds of the parts of the last swap: ``stage``, ``load``, ``kv``."""
@@ -88,6 +93,9 @@ class VllmEngine:
         """See ``Engine.start``. Raises ``EngineError`` when vLLM cannot serve the folder."""
         if self._engine is not None:
             raise EngineError("the engine is running already")
+        self._nap = Nap(
+            self._options.sleep_level, frees_memory=self._colocated and not compat.is_cpu()
+        )
         sink = TokenSink(policy_version, self._gather_tokens)
         build = asyncio.to_thread(self._build, weights_dir, sink)
         try:
@@ -110,6 +118,7 @@ class VllmEngine:
         except EngineError:
             await self.stop()
             raise
+        self._loaded = (weights_dir, policy_version)
 
     async def stop(self) -> None:
         """See ``Engine.stop``."""
@@ -197,6 +206,7 @@ class VllmEngine:
             raise EngineError("load_weights needs a paused engine")
         await self._stage(weights_dir)  # nothing to do when ``prepare`` was called
         began_s = time.perf_counter()
+        await self._answer(self._nap.wake_weights(engine))
         update = {"weights_dir": str(weights_dir), "load": self._options.load}
         try:
             await self._answer(engine.start_weight_update())
@@ -210,15 +220,35 @@ class VllmEngine:
         if not self._keep_kv:
             await self._answer(engine.reset_prefix_cache(reset_running_requests=True))
         sink.relabel(policy_version)
+        self._loaded = (weights_dir, policy_version)
+        self._nap.are_weights_gone = False
         self.last_swap_s["load"] = loaded_s - began_s
         self.last_swap_s["kv"] = time.perf_counter() - loaded_s
 
     async def resume(self) -> None:
         """See ``Engine.resume``."""
-        _, engine = self._require()
+        _, engine = self._require_awake()
         if self._paused:
             await self._answer(engine.resume_generation())
             self._paused = False
+
+    async def sleep(self) -> None:
+        """See ``Engine.sleep``. Made with ``colocated`` on a GPU: KV cache and weights leave it
+        (``VllmOptions.sleep_level``: whether a copy stays in main memory). A CPU has no such mode:
+        there, and without ``colocated``, only the requests' KV blocks are dropped."""
+        _, engine = self._require()
+        if self._nap.is_asleep:
+            return
+        await self.pause()
+        await self._answer(engine.reset_prefix_cache(reset_running_requests=True))
+        await self._answer(self._nap.fall_asleep(engine))
+
+    async def wake(self) -> None:
+        """See ``Engine.wake``. Weights that were let go and not replaced are loaded once more."""
+        _, engine = self._require()
+        if self._nap.are_weights_gone and self._loaded is not None:
+            await self.load_weights(*self._loaded)
+        await self._answer(self._nap.wake_up(engine))
 
     async def prepare(self, weights_dir: Path, manifest: WeightManifest | None = None) -> str:
         """See ``Engine.prepare``: the workers pull from the learner, or read the files."""
@@ -236,7 +266,7 @@ class VllmEngine:
     async def score(self, requests: Sequence[ScoreRequest]) -> list[npt.NDArray[np.float32]]:
         """See ``Engine.score``. vLLM scores between the steps of generation, so an engine that is
         paused steps until it is done: what is sampled meanwhile is of the live weights."""
-        sink, engine = self._require()
+        sink, engine = self._require_awake()
         if not requests:
             return []
         was_paused = self._paused
@@ -265,7 +295,7 @@ class VllmEngine:
         """See ``Engine.read_back``. Every rank compares its live parameters with the slices of the
         loaded folder that it should hold; the digest of a tensor that is equal on all of them is
         the file's, of any other it says which rank differs and how."""
-        _, engine = self._require()
+        _, engine = self._require_awake()
         await self._restage(engine)
         ranks = await self._answer(engine.collective_rpc("ring_read_back"))
         merged: dict[str, str] = {}
@@ -291,10 +321,14 @@ class VllmEngine:
             pull_s = manifest.peer.timeout_s if manifest.peer is not None else 0.0
         await self._answer(
             engine.collective_rpc(
-                "ring_stage", args=(str(weights_dir), self._options.staging, told)
+                "ring_stage", args=(str(weights_dir), self._staging(), told)
             )
         )
         await self._staged(engine, pull_s)
+
+    def _staging(self) -> str:
+        # A shared device has no room for a second copy beside live weights and KV.
+        return "host" if self._nap.frees_memory else self._options.staging
 
     async def _restage(self, engine: Any) -> None:
         """The tensors to compare with may have been let go."""
@@ -342,6 +376,7 @@ class VllmEngine:
             seed=self._seed,
             fp32_head=self._fp32_head,
             routed_experts=self._routed_experts,
+            sleep_mode=self._nap.frees_memory,
         )
 
     # Helpers.
@@ -382,6 +417,11 @@ class VllmEngine:
         if self._sink.error is not None:
             raise EngineError(self._sink.error)
         return self._sink, self._engine
+
+    def _require_awake(self) -> tuple[TokenSink, Any]:
+        if self._nap.is_asleep:
+            raise EngineError("the engine is asleep: wake it first")
+        return self._require()
 
 
 async def _all_scores(

@@ -34,6 +34,10 @@ class VllmOptions:
     load: Literal["auto", "layerwise", "direct"] = "auto"
     """How staged weights get into the live model: by vLLM's layerwise reload, or copied straight
     into the parameters. ``auto`` copies when every tensor's place in the live model is known."""
+    sleep_level: Literal[1, 2] = 1
+    """``schedule.colocated``: 1 keeps a copy of the weights in main memory while the learner has
+    the device. 2 lets them go: nothing is copied, but of what was on the device beside parameters
+    and buffers nothing comes back."""
     stage_timeout_s: float = 300.0
     swap_timeout_s: float = 120.0
     """An engine that does not answer within this is taken for dead."""
