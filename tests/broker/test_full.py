@@ -134,8 +134,15 @@ async def quarantine(w: World) -> None:
     assert await w.broker.quarantine_many("w", [row]) == ["ok"]
 
 
+async def device(w: World) -> None:
+    claim = await w.broker.take_device(w.kit.learner, 0)
+    assert len(claim.owed_by) == 2
+    assert await w.broker.return_device(w.kit.learner, claim.turn)
+
+
 DRAINING: dict[str, Step] = {
     "create_run": lambda w: w.broker.create_run("", CONFIG_HASH),
+    "take_device return_device": device,
     "set_meta": lambda w: w.broker.set_paused(True, "full"),
     "acquire_lock release_lock": acquire,
     "renew_lock": lambda w: w.broker.renew_lock(w.kit.learner, TTL_MS),

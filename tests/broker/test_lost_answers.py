@@ -168,6 +168,10 @@ async def test_the_learners_path(lossy: Lossy) -> None:
     async with lossy.losing():
         await broker.publish(kit.learner, VersionInfo(2, 1, 0, "{}"))
     async with lossy.losing():
+        assert (await broker.take_device(kit.learner, 0)).turn == 1
+    async with lossy.losing():
+        assert not await broker.return_device(kit.learner, 1)  # it was done the first time
+    async with lossy.losing():
         assert await broker.force_taken(kit.learner, "b2", {"g7": (5, 1)}) is False
     assert await kit.check() == {"trained": 8, "taken": 5}
     assert (await broker.ledger())["accepted"] == 13
