@@ -85,6 +85,21 @@ def test_a_stall_names_what_is_awaited_and_who_owes_it(
     assert owed_by in stall.owed_by
 
 
+def test_a_stall_on_a_shared_device_names_who_is_on_it() -> None:
+    training = situation(round_state="training", round_id=4, device_turn=7)
+    other = {**WORKER, "worker": "w2", "asleep_turn": "7"}
+    stall = judge(training, [{**WORKER, "asleep_turn": "5"}, other, LEARNER])
+    assert "the device for the learner (turn 7)" in stall.awaited
+    assert "w1" in stall.owed_by
+    assert "w2" not in stall.owed_by
+    stall = judge(training, [other, LEARNER])
+    assert "the learner to hand the device back" in stall.awaited
+    assert stall.owed_by.startswith("learner (training")
+    stall = judge(situation(round_state="open", device_turn=8), [other, WORKER, LEARNER])
+    assert "to wake" in stall.awaited
+    assert stall.owed_by.startswith("w2")
+
+
 def test_a_role_that_is_not_there_is_named_as_missing() -> None:
     assert judge(situation(open_rollouts=7), [LEARNER]).owed_by == "nobody: no worker has a session"
     many = [{**WORKER, "worker": f"w{i}", "age_ms": str(i)} for i in range(6)]
