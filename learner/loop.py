@@ -99,6 +99,7 @@ class LearnerLoop:
             if self._keeper.poll.incarnation != self._incarnation:
                 await self._meet_new_incarnation()
             going = await (self._pipelined_step() if pipelined else self._rounds_step())
+        await self._device.give_back()
         self._status("saving")
         await self._checkpoint_if_new(StepTimes())
         done = self._complete or self.state.step >= self._config.learner.steps
