@@ -6,7 +6,6 @@ the Redis password comes from ``RINGASYNC_REDIS_PASSWORD``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -14,6 +13,8 @@ from pydantic import Field, model_validator
 
 from ringasync.config.section import DEVICE_PATTERN, Section
 from ringasync.config.starter import StarterConfig as StarterConfig
+
+from ringasync.config.pairs import impossible_pairs
 
 RUN_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 """No braces, colons or slashes: the name is a Redis hash tag and a folder name."""
@@ -280,67 +281,10 @@ class Config(Section):
     @model_validator(mode="after")
     def _possible(self) -> Self:
         """Refuse pairs that cannot work together; all of them are named."""
-        problems = [
-            *self._impossible_lengths(),
-            *self._impossible_schedule(),
-            *self._impossible_replay(),
-        ]
+        problems = impossible_pairs(self)
         if problems:
             raise ValueError("\n  ".join(problems))
         return self
-
-    def _impossible_lengths(self) -> Iterator[str]:
-        sampling, budget = self.sampling, self.schedule.budget
-        if budget.tokens < sampling.max_new_tokens:
-            yield (
-                f"schedule.budget.tokens ({budget.tokens}) must hold at least one rollout of "
-                f"sampling.max_new_tokens ({sampling.max_new_tokens}): raise the first or lower "
-                "the second"
-            )
-        if sampling.max_new_tokens >= self.model.max_model_len_tokens:
-            yield (
-                f"sampling.max_new_tokens ({sampling.max_new_tokens}) must be below "
-                f"model.max_model_len_tokens ({self.model.max_model_len_tokens}): the prompt "
-                "needs room"
-            )
-
-    def _impossible_schedule(self) -> Iterator[str]:
-        schedule, worker = self.schedule, self.worker
-        if schedule.group_size == 1 and schedule.filter_zero_variance:
-            yield (
-                "schedule.group_size = 1 gives every group zero variance, so all would be "
-                "filtered: raise group_size or set schedule.filter_zero_variance = false"
-            )
-        if schedule.mode == "rounds" and schedule.pool_capacity < schedule.group_size:
-            yield (
-                f"schedule.pool_capacity ({schedule.pool_capacity}) must hold one group of "
-                f"schedule.group_size ({schedule.group_size})"
-            )
-        if schedule.colocated and schedule.mode != "rounds":
-            yield (
-                f"schedule.colocated = true needs schedule.mode = 'rounds', not {schedule.mode!r}: "
-                "only rounds have a moment at which nobody generates; set the mode, or give "
-                "learner and workers devices of their own (learner.device, worker.gpus)"
-            )
-        if worker.heartbeat_ms * 3 > worker.session_ttl_ms:
-            yield (
-                f"worker.session_ttl_ms ({worker.session_ttl_ms}) must be at least three times "
-                f"worker.heartbeat_ms ({worker.heartbeat_ms}), or one late heartbeat ends a session"
-            )
-
-    def _impossible_replay(self) -> Iterator[str]:
-        if not self.loss.routing_replay:
-            return
-        if self.worker.engine != "vllm":
-            yield (
-                f'loss.routing_replay = true needs worker.engine = "vllm": the {self.worker.engine}'
-                " engine does not return routed experts"
-            )
-        if self.model.path == "starter" and self.starter.architecture != "qwen3_moe":
-            yield (
-                'loss.routing_replay = true needs starter.architecture = "qwen3_moe": a dense model'
-                " has no routing"
-            )
 
     @property
     def probe_floors(self) -> tuple[float, float]:

@@ -70,6 +70,18 @@ def engine_arguments(
     return arguments | options.engine_args
 
 
+def check_request(request: GenerationRequest, window_tokens: int) -> None:
+    """Raises ``ValueError`` for a request that could never run in this window."""
+    context = len(request.prompt_ids) + len(request.prefix_ids)
+    if not context or request.max_new_tokens < 1:
+        raise ValueError(f"request {request.request_id} has no context or nothing to sample")
+    if context + request.max_new_tokens > window_tokens:
+        raise ValueError(
+            f"{request.request_id} needs {context + request.max_new_tokens} tokens, "
+            f"the window is {window_tokens}"
+        )
+
+
 def sampling_params(
     request: GenerationRequest,
     temperature: float,

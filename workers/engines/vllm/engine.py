@@ -82,7 +82,6 @@ class VllmEngine:
         self._paused = False
         self._colocated = colocated
         self._nap = Nap(self._options.sleep_level)
-        self._loaded: tuple[Path, int] | None = None
         self._scores = itertools.count()
         self.last_swap_s: dict[str, float] = {}
         """Seconds of the parts of the last swap: ``stage``, ``load``, ``kv``."""
@@ -118,7 +117,7 @@ class VllmEngine:
         except EngineError:
             await self.stop()
             raise
-        self._loaded = (weights_dir, policy_version)
+        self._nap.note_loaded(weights_dir, policy_version)
 
     async def stop(self) -> None:
         """See ``Engine.stop``."""
@@ -132,7 +131,9 @@ class VllmEngine:
         """See ``Engine.generate``. Raises ``ValueError`` for a request that could never run."""
         sink, engine = self._require()
         for request in requests:
-            self._check(request, sink)
+            arguments.check_request(request, self._max_model_len_tokens)
+            if sink.is_running(request.request_id):
+                raise ValueError(f"request {request.request_id} is running already")
         for request in requests:
             await self._answer(
                 engine.add_request(
@@ -147,18 +148,6 @@ class VllmEngine:
                     ),
                 )
             )
-
-    def _check(self, request: GenerationRequest, sink: TokenSink) -> None:
-        context = len(request.prompt_ids) + len(request.prefix_ids)
-        if not context or request.max_new_tokens < 1:
-            raise ValueError(f"request {request.request_id} has no context or nothing to sample")
-        if context + request.max_new_tokens > self._max_model_len_tokens:
-            raise ValueError(
-                f"{request.request_id} needs {context + request.max_new_tokens} tokens, "
-                f"the window is {self._max_model_len_tokens}"
-            )
-        if sink.is_running(request.request_id):
-            raise ValueError(f"request {request.request_id} is running already")
 
     async def outputs(self) -> list[TokenChunk]:
         """See ``Engine.outputs``."""
@@ -220,8 +209,7 @@ class VllmEngine:
         if not self._keep_kv:
             await self._answer(engine.reset_prefix_cache(reset_running_requests=True))
         sink.relabel(policy_version)
-        self._loaded = (weights_dir, policy_version)
-        self._nap.are_weights_gone = False
+        self._nap.note_loaded(weights_dir, policy_version)
         self.last_swap_s["load"] = loaded_s - began_s
         self.last_swap_s["kv"] = time.perf_counter() - loaded_s
 
@@ -246,8 +234,8 @@ class VllmEngine:
     async def wake(self) -> None:
         """See ``Engine.wake``. Weights that were let go and not replaced are loaded once more."""
         _, engine = self._require()
-        if self._nap.are_weights_gone and self._loaded is not None:
-            await self.load_weights(*self._loaded)
+        if self._nap.are_weights_gone and self._nap.loaded is not None:
+            await self.load_weights(*self._nap.loaded)
         await self._answer(self._nap.wake_up(engine))
 
     async def prepare(self, weights_dir: Path, manifest: WeightManifest | None = None) -> str:

@@ -7,6 +7,7 @@ vLLM's workers are told here, weights and KV cache apart, by the calls that Engi
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 
@@ -19,8 +20,14 @@ class Nap:
         self.frees_memory = frees_memory
         """Whether anything leaves the device; if not, the engine only stands still."""
         self.is_asleep = False
+        self.loaded: tuple[Path, int] | None = None
         self.are_weights_gone = False
         """Level 2: nothing was loaded since; what is live once they wake is not to be used."""
+
+    def note_loaded(self, weights_dir: Path, policy_version: int) -> None:
+        """These weights are live."""
+        self.loaded = (weights_dir, policy_version)
+        self.are_weights_gone = False
 
     async def fall_asleep(self, engine: Any) -> None:
         """The engine is paused and its requests hold no KV blocks."""

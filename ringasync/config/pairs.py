@@ -1,0 +1,70 @@
+"""Settings that are fine each by itself and cannot work together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ringasync.config.schema import Config
+
+
+def impossible_pairs(config: Config) -> list[str]:
+    """One sentence for each: the keys, the rule and the remedy."""
+    return [*_lengths(config), *_schedule(config), *_replay(config)]
+
+
+def _lengths(config: Config) -> Iterator[str]:
+    sampling, budget = config.sampling, config.schedule.budget
+    if budget.tokens < sampling.max_new_tokens:
+        yield (
+            f"schedule.budget.tokens ({budget.tokens}) must hold at least one rollout of "
+            f"sampling.max_new_tokens ({sampling.max_new_tokens}): raise the first or lower "
+            "the second"
+        )
+    if sampling.max_new_tokens >= config.model.max_model_len_tokens:
+        yield (
+            f"sampling.max_new_tokens ({sampling.max_new_tokens}) must be below "
+            f"model.max_model_len_tokens ({config.model.max_model_len_tokens}): the prompt "
+            "needs room"
+        )
+
+
+def _schedule(config: Config) -> Iterator[str]:
+    schedule, worker = config.schedule, config.worker
+    if schedule.group_size == 1 and schedule.filter_zero_variance:
+        yield (
+            "schedule.group_size = 1 gives every group zero variance, so all would be "
+            "filtered: raise group_size or set schedule.filter_zero_variance = false"
+        )
+    if schedule.mode == "rounds" and schedule.pool_capacity < schedule.group_size:
+        yield (
+            f"schedule.pool_capacity ({schedule.pool_capacity}) must hold one group of "
+            f"schedule.group_size ({schedule.group_size})"
+        )
+    if schedule.colocated and schedule.mode != "rounds":
+        yield (
+            f"schedule.colocated = true needs schedule.mode = 'rounds', not {schedule.mode!r}: "
+            "only rounds have a moment at which nobody generates; set the mode, or give "
+            "learner and workers devices of their own (learner.device, worker.gpus)"
+        )
+    if worker.heartbeat_ms * 3 > worker.session_ttl_ms:
+        yield (
+            f"worker.session_ttl_ms ({worker.session_ttl_ms}) must be at least three times "
+            f"worker.heartbeat_ms ({worker.heartbeat_ms}), or one late heartbeat ends a session"
+        )
+
+
+def _replay(config: Config) -> Iterator[str]:
+    if not config.loss.routing_replay:
+        return
+    if config.worker.engine != "vllm":
+        yield (
+            f'loss.routing_replay = true needs worker.engine = "vllm": the {config.worker.engine}'
+            " engine does not return routed experts"
+        )
+    if config.model.path == "starter" and config.starter.architecture != "qwen3_moe":
+        yield (
+            'loss.routing_replay = true needs starter.architecture = "qwen3_moe": a dense model'
+            " has no routing"
+        )
