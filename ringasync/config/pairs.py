@@ -48,6 +48,11 @@ def _schedule(config: Config) -> Iterator[str]:
             "only rounds have a moment at which nobody generates; set the mode, or give "
             "learner and workers devices of their own (learner.device, worker.gpus)"
         )
+    if schedule.colocated and config.weights.transport == "nccl":
+        yield (
+            "schedule.colocated = true cannot go with weights.transport = 'nccl': the learner has "
+            "left the device when the workers would pull from it; use 'file'"
+        )
     if worker.heartbeat_ms * 3 > worker.session_ttl_ms:
         yield (
             f"worker.session_ttl_ms ({worker.session_ttl_ms}) must be at least three times "

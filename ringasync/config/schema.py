@@ -11,10 +11,9 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from ringasync.config.pairs import impossible_pairs
 from ringasync.config.section import DEVICE_PATTERN, Section
 from ringasync.config.starter import StarterConfig as StarterConfig
-
-from ringasync.config.pairs import impossible_pairs
 
 RUN_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 """No braces, colons or slashes: the name is a Redis hash tag and a folder name."""

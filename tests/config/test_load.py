@@ -181,6 +181,11 @@ def test_unknown_key_inside_a_list_item(tmp_path: Path) -> None:
             "learner.device, worker.gpus",
         ),
         (
+            "[schedule]\nmode = 'rounds'\ncolocated = true\n[weights]\ntransport = 'nccl'",
+            "weights.transport = 'nccl'",
+            "use 'file'",
+        ),
+        (
             "[schedule]\nmode = 'rounds'\npool_capacity = 4",
             "schedule.pool_capacity (4)",
             "schedule.group_size (8)",

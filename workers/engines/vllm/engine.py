@@ -33,10 +33,10 @@ from workers.engines.base import (
 from workers.engines.vllm import arguments, compat, packing, plugin
 from workers.engines.vllm.nap import Nap
 from workers.engines.vllm.options import VllmOptions
+from workers.engines.vllm.stage_wait import merged_digests, until_staged
 from workers.engines.vllm.token_sink import TokenSink
 
 _ALIVE_CHECK_S = 1.0
-_STAGE_POLL_S = 0.02
 _ROUTED_REMEDY = (
     ". It was asked for routed experts, which not every vLLM and device can return: "
     "loss.routing_replay = false does without them"
@@ -286,12 +286,7 @@ class VllmEngine:
         _, engine = self._require_awake()
         await self._restage(engine)
         ranks = await self._answer(engine.collective_rpc("ring_read_back"))
-        merged: dict[str, str] = {}
-        for rank, digests in enumerate(ranks):
-            for name, digest in digests.items():
-                if rank == 0 or digest != merged[name]:
-                    merged[name] = digest if rank == 0 else f"rank {rank}: {digest}"
-        return merged
+        return merged_digests(ranks)
 
     @property
     def prompt_tokens(self) -> tuple[int, int]:
@@ -307,16 +302,11 @@ class VllmEngine:
         if manifest is not None:
             told = dump_manifest(manifest.model_copy(update={"probe": ()}))
             pull_s = manifest.peer.timeout_s if manifest.peer is not None else 0.0
-        await self._answer(
-            engine.collective_rpc(
-                "ring_stage", args=(str(weights_dir), self._staging(), told)
-            )
-        )
-        await self._staged(engine, pull_s)
-
-    def _staging(self) -> str:
         # A shared device has no room for a second copy beside live weights and KV.
-        return "host" if self._nap.frees_memory else self._options.staging
+        where = "host" if self._nap.frees_memory else self._options.staging
+        staging = engine.collective_rpc("ring_stage", args=(str(weights_dir), where, told))
+        await self._answer(staging)
+        await self._staged(engine, pull_s)
 
     async def _restage(self, engine: Any) -> None:
         """The tensors to compare with may have been let go."""
@@ -324,18 +314,11 @@ class VllmEngine:
         await self._staged(engine)
 
     async def _staged(self, engine: Any, pull_s: float = 0.0) -> None:
-        """Wait until all ranks have staged; files may have to be read after a pull that failed."""
-        deadline_s = time.monotonic() + pull_s + self._options.stage_timeout_s
-        while True:
-            states = await self._answer(engine.collective_rpc("ring_stage_state"))
-            failed = [state for state in states if state.startswith("failed")]
-            if failed:
-                raise EngineError(failed[0].removeprefix("failed: "))
-            if all(state == "ready" for state in states):
-                return
-            if time.monotonic() > deadline_s:
-                raise EngineError(f"weights were not read in {self._options.stage_timeout_s} s")
-            await asyncio.sleep(_STAGE_POLL_S)
+        await until_staged(
+            lambda: self._answer(engine.collective_rpc("ring_stage_state")),
+            self._options.stage_timeout_s,
+            pull_s,
+        )
 
     # What follows runs in another thread.
 
