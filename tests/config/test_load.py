@@ -176,16 +176,6 @@ def test_unknown_key_inside_a_list_item(tmp_path: Path) -> None:
         ),
         ("[schedule]\ngroup_size = 1", "schedule.group_size = 1", "filter_zero_variance = false"),
         (
-            "[schedule]\ncolocated = true",
-            "schedule.colocated = true needs schedule.mode = 'rounds', not 'pipelined'",
-            "learner.device, worker.gpus",
-        ),
-        (
-            "[schedule]\nmode = 'rounds'\ncolocated = true\n[weights]\ntransport = 'nccl'",
-            "weights.transport = 'nccl'",
-            "use 'file'",
-        ),
-        (
             "[schedule]\nmode = 'rounds'\npool_capacity = 4",
             "schedule.pool_capacity (4)",
             "schedule.group_size (8)",

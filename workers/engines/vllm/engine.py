@@ -304,8 +304,9 @@ class VllmEngine:
             pull_s = manifest.peer.timeout_s if manifest.peer is not None else 0.0
         # A shared device has no room for a second copy beside live weights and KV.
         where = "host" if self._nap.frees_memory else self._options.staging
-        staging = engine.collective_rpc("ring_stage", args=(str(weights_dir), where, told))
-        await self._answer(staging)
+        await self._answer(
+            engine.collective_rpc("ring_stage", args=(str(weights_dir), where, told))
+        )
         await self._staged(engine, pull_s)
 
     async def _restage(self, engine: Any) -> None:
