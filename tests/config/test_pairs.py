@@ -25,7 +25,7 @@ def test_colocated_is_refused_where_it_cannot_be(
         "schedule": {"mode": schedule, "colocated": True},
         "weights": {"transport": transport},
     }
-    with pytest.raises(ValidationError, match="schedule.colocated = true") as refused:
+    with pytest.raises(ValidationError, match=r"schedule\.colocated = true") as refused:
         Config.model_validate(settings)
     assert rule in str(refused.value)
     assert remedy in str(refused.value)

@@ -221,9 +221,8 @@ class VllmEngine:
             self._paused = False
 
     async def sleep(self) -> None:
-        """See ``Engine.sleep``. Made with ``colocated`` on a GPU: KV cache and weights leave it
-        (``VllmOptions.sleep_level``: whether a copy stays in main memory). A CPU has no such mode:
-        there, and without ``colocated``, only the requests' KV blocks are dropped."""
+        """See ``Engine.sleep``. Made with ``colocated``, weights and KV cache leave a GPU (see
+        ``VllmOptions.sleep_level``). A CPU has no such mode: only requests' KV blocks go."""
         _, engine = self._require()
         if self._nap.is_asleep:
             return
@@ -304,9 +303,8 @@ class VllmEngine:
             pull_s = manifest.peer.timeout_s if manifest.peer is not None else 0.0
         # A shared device has no room for a second copy beside live weights and KV.
         where = "host" if self._nap.frees_memory else self._options.staging
-        await self._answer(
-            engine.collective_rpc("ring_stage", args=(str(weights_dir), where, told))
-        )
+        args = (str(weights_dir), where, told)
+        await self._answer(engine.collective_rpc("ring_stage", args=args))
         await self._staged(engine, pull_s)
 
     async def _restage(self, engine: Any) -> None:
