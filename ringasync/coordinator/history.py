@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,38 @@ class EvalResult:
     domain: str
     reward: float | None
     length: int
+
+
+@dataclass(slots=True)
+class Prefills:
+    """Prompt tokens that engines were given so far, from what workers say of theirs in snapshots.
+
+    An engine counts from its start, and a worker may build a new one, so only rises are added up.
+    What was counted after a worker's last snapshot is missing.
+    """
+
+    prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    """Of them, those whose KV a prefix cache had."""
+    _last: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def computed_tokens(self) -> int:
+        """Prefilled: given and not cached."""
+        return self.prompt_tokens - self.cached_prompt_tokens
+
+    def add(self, workers: Iterable[Mapping[str, Any]]) -> None:
+        """Take in the sessions of one snapshot; other roles say nothing of prompts."""
+        for row in workers:
+            if "prompt_tokens" not in row:
+                continue
+            now = int(row["prompt_tokens"]), int(row.get("cached_prompt_tokens", 0))
+            before = self._last.get(str(row["id"]), (0, 0))
+            if now[0] < before[0]:  # another engine
+                before = (0, 0)
+            self._last[str(row["id"])] = now
+            self.prompt_tokens += now[0] - before[0]
+            self.cached_prompt_tokens += now[1] - before[1]
 
 
 @dataclass(slots=True)
@@ -39,6 +72,7 @@ class RunHistory:
     eval_results: dict[str, dict[str, EvalResult]] = field(default_factory=dict)
     ends: dict[str, int] = field(default_factory=dict)
     max_version: int = 0
+    prefills: Prefills = field(default_factory=Prefills)
 
     def add(self, line: dict[str, Any]) -> None:
         """Take in one line, in file order."""
@@ -51,6 +85,8 @@ class RunHistory:
             self._add_outcome(line)
         elif kind == "eval":
             self.evals[str(line["label"])] = line
+        elif kind == "snapshot":
+            self.prefills.add(line.get("workers") or ())
         elif kind == "start" and not self.first_ms:
             self.first_ms = int(line["at_ms"])
 

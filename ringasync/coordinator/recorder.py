@@ -25,7 +25,10 @@ TRIM_EVERY_S = 10.0
 KEEP_BEHIND_MS = 600_000
 """Outcomes stay this long after they were recorded: the learner reads them for its checkpoints."""
 _READ_COUNT = 500
-_SESSION_FIELDS = ("id", "role", "worker", "state", "doing", "leases", "age_ms", "policy_version")
+_SESSION_FIELDS = (
+    "id", "role", "worker", "state", "doing", "leases", "age_ms", "policy_version",
+    "prompt_tokens", "cached_prompt_tokens",
+)  # fmt: skip
 
 log = get_logger(__name__)
 OutcomeListener = Callable[[Outcome], None]

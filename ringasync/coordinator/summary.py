@@ -54,6 +54,11 @@ def build_summary(
         "ledger_differences": dict(audit.differences),
         "ledger_problems": list(audit.problems[:20]),
         "mask_rate_mean": sum(mask_rates) / len(mask_rates) if mask_rates else None,
+        "prompt_tokens": history.prefills.prompt_tokens,
+        "prompt_tokens_cached": history.prefills.cached_prompt_tokens,
+        "prefilled_per_trained_token": _ratio(
+            history.prefills.computed_tokens, counters.get("trained", 0)
+        ),
         "policy_versions": max(history.max_version, latest_version),
         "groups_by_end": dict(history.ends),
         "wall_s": round((now_ms - history.first_ms) / 1000, 3),
@@ -72,6 +77,10 @@ def train_rewards(history: RunHistory) -> tuple[float | None, float | None]:
         _mean([reward for at_ms, reward in history.sampled if at_ms <= first_until]),
         _mean([reward for at_ms, reward in history.sampled if last_from < at_ms <= ends[-1]]),
     )
+
+
+def _ratio(top: int, bottom: int) -> float | None:
+    return top / bottom if bottom else None
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -161,9 +161,21 @@ def _throughput(metrics: RunMetrics) -> Plot:
     }
     sentence = (
         "Tokens a second over time. Training can be no faster than generation for long; the "
-        "learner's waiting shows above as time."
+        "learner's waiting shows above as time." + _prefills(metrics.summary)
     )
     return Plot("Throughput", sentence, line_figure("seconds since the start", "tokens/s", series))
+
+
+def _prefills(summary: Line) -> str:
+    """What contexts cost beside the tokens: siblings and resumed partials compute them anew."""
+    per_token, given = number(summary, "prefilled_per_trained_token"), summary.get("prompt_tokens")
+    if per_token is None or not given:
+        return ""
+    cached = (number(summary, "prompt_tokens_cached") or 0.0) / float(given)
+    return (
+        f" For every trained token {per_token:.2f} tokens of context were prefilled when requests "
+        f"began; the prefix cache had {cached:.0%} of all."
+    )
 
 
 def _is_start(line: Line) -> bool:

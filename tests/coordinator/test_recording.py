@@ -174,6 +174,27 @@ def test_summary_of_a_run_without_evaluation_or_steps_has_none_not_zero(tmp_path
     assert loaded["ledger_balanced"] is True
 
 
+def sightings(*workers: tuple[str, int, int]) -> dict[str, Any]:
+    """A snapshot of sessions: id, prompt tokens, cached ones; and a role that says nothing."""
+    rows = [
+        {"id": name, "prompt_tokens": str(given), "cached_prompt_tokens": str(cached)}
+        for name, given, cached in workers
+    ]
+    return {"kind": "snapshot", "workers": [{"id": "coordinator.1"}, *rows]}
+
+
+def test_prefills_are_added_up_over_workers_and_engines_built_anew() -> None:
+    history = RunHistory(first_ms=1000)
+    history.add(sightings(("a", 100, 40)))
+    history.add(sightings(("a", 150, 60), ("b", 30, 0)))
+    history.add(sightings(("a", 20, 5), ("b", 30, 0)))  # a's engine is another one now
+    assert (history.prefills.prompt_tokens, history.prefills.cached_prompt_tokens) == (200, 65)
+    audit = AuditReport(True, 90, {"trained": 90}, {"trained": 90})
+    summary = build_summary("r", history, audit, steps=1, latest_version=1, now_ms=3500)
+    assert (summary["prompt_tokens"], summary["prompt_tokens_cached"]) == (200, 65)
+    assert summary["prefilled_per_trained_token"] == pytest.approx(135 / 90)
+
+
 # Statistics
 
 

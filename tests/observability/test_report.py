@@ -144,6 +144,17 @@ def test_every_plot_has_a_sentence_that_stands_in_the_page(run_dir: Path) -> Non
         assert plot.sentence.split(".")[0].replace("'", "&#x27;") in page
 
 
+def test_the_cost_of_contexts_is_told_where_it_is_known(run_dir: Path) -> None:
+    metrics = read_run(run_dir)
+    before = next(plot for plot in cost_plots(metrics) if plot.title == "Throughput").sentence
+    metrics.summary |= {"prompt_tokens": 400, "prompt_tokens_cached": 100}
+    metrics.summary["prefilled_per_trained_token"] = 1.5
+    after = next(plot for plot in cost_plots(metrics) if plot.title == "Throughput").sentence
+    assert "prefilled" not in before
+    assert "trained token 1.50 tokens of context" in after
+    assert "25% of all" in after
+
+
 def test_headline_numbers(run_dir: Path) -> None:
     shown = {name: (value, note) for name, value, note in tiles(read_run(run_dir))}
     assert shown["held-out reward"] == ("0.420 → 0.840", "95 %: 0.790 to 0.890, n = 256")

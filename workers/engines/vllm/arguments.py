@@ -82,6 +82,21 @@ def check_request(request: GenerationRequest, window_tokens: int) -> None:
         )
 
 
+def refusal(weights_dir: Path, error: Exception, *, routed_experts: bool) -> str:
+    """Why there is no engine, and what to do. vLLM says "see root cause above", in its own log."""
+    message = (
+        f"vLLM cannot serve {weights_dir}: {error} Where its log says that memory is short: more "
+        "by worker.engine_options.gpu_memory_utilization or kv_cache_bytes, less need by "
+        "model.max_model_len_tokens, worker.max_concurrent or tensor_parallel_size = 2."
+    )
+    if routed_experts:
+        message += (
+            " It was asked for routed experts, which not every vLLM and device can return: "
+            "loss.routing_replay = false does without them."
+        )
+    return message
+
+
 def sampling_params(
     request: GenerationRequest,
     temperature: float,

@@ -37,10 +37,6 @@ from workers.engines.vllm.stage_wait import merged_digests, until_staged
 from workers.engines.vllm.token_sink import TokenSink
 
 _ALIVE_CHECK_S = 1.0
-_ROUTED_REMEDY = (
-    ". It was asked for routed experts, which not every vLLM and device can return: "
-    "loss.routing_replay = false does without them"
-)
 T = TypeVar("T")
 
 log = get_logger()
@@ -333,8 +329,8 @@ class VllmEngine:
             with packing.asked_for(self._options.pack_logprobs):
                 return make_async_llm(AsyncEngineArgs(**wanted), sink)
         except Exception as error:  # vLLM raises nearly anything on a folder it cannot load
-            remedy = _ROUTED_REMEDY if self._routed_experts else ""
-            raise EngineError(f"vLLM cannot serve {weights_dir}: {error}{remedy}") from error
+            why = arguments.refusal(weights_dir, error, routed_experts=self._routed_experts)
+            raise EngineError(why) from error
 
     def _arguments(self, weights_dir: Path) -> dict[str, Any]:
         return arguments.engine_arguments(
