@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from learner.backends.export import export_hf
 from learner.backends.heads import use_float32_head
 from learner.backends.routers import freeze_routers
 from learner.backends.routing_replay import replayed_routing, require_routers
+from learner.backends.token_scores import Positions, TokenScores
 from learner.backends.torch_state import export_state, import_state, move_state
 from learner.batch import TrainBatch
 from learner.devices import resolve_device
@@ -31,8 +31,6 @@ from ringasync.config.schema import LearnerConfig, LossConfig
 from ringasync.errors import NonFiniteLogprobError, TrainingError
 
 _HOST = torch.device("cpu")
-_ENTROPY_MAX_VOCAB = 8192
-"""Above this vocabulary the entropy would cost another array of the logits' size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +95,9 @@ class TorchBackend:
             tis_cap=settings.loss.tis_cap,
             kpop_phi=settings.loss.kpop_phi,
         )
-        self._can_keep_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._scores = TokenScores(
+            self._model, settings.dtype, settings.learner.logprob_chunk_tokens
+        )
 
     @classmethod
     def from_pretrained(cls, path: str, settings: TorchSettings) -> TorchBackend:
@@ -204,10 +204,9 @@ class TorchBackend:
         Where the batch has routed experts, the forward runs those. Raises ``NonFiniteLogprobError``
         when a log-prob is NaN or infinite.
         """
+        wanted = Positions(micro.input_ids, micro.rows, micro.columns, micro.targets)
         with self._replay(micro):
-            logits = self._logits(micro.input_ids, micro.rows, micro.columns)
-        logits = logits / self._settings.temperature
-        logprobs = _gather_logprobs(logits, micro.targets)
+            logprobs, entropy = self._scores.score(wanted, self._settings.temperature, entropy=True)
         bad = ~torch.isfinite(logprobs.detach())
         if bool(bad.any()):
             row = int(micro.rows[bad][0])
@@ -216,30 +215,12 @@ class TorchBackend:
                 f"the train engine gave a non-finite log-prob at {int(bad.sum())} trained tokens, "
                 f"the first in rollout {micro.owners[row]}; the optimizer step was not made"
             )
-        with torch.no_grad():
-            if logits.shape[-1] > _ENTROPY_MAX_VOCAB:
-                return logprobs, torch.full_like(logprobs, float("nan"))
-            distribution = logits.log_softmax(-1)
-            return logprobs, -(distribution.exp() * distribution).sum(-1)
+        return logprobs, entropy
 
     def _replay(self, micro: MicroBatch) -> AbstractContextManager[None]:
         if micro.routed_experts is None:
             return nullcontext()
         return replayed_routing(self._model, micro.routed_experts)
-
-    def _logits(self, input_ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """Logits fp32 [N, vocab] at the given places; columns outside them are not computed."""
-        extra: dict[str, Any] = {}
-        first = 0
-        if self._can_keep_logits:
-            first = int(columns.min())
-            last = int(columns.max())
-            extra["logits_to_keep"] = torch.arange(first, last + 1, device=input_ids.device)
-        low_precision = self._settings.dtype != torch.float32
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=low_precision):
-            output = self._model(input_ids=input_ids, use_cache=False, **extra)
-        logits: Tensor = output.logits
-        return logits[rows, columns - first].float()
 
     def logprobs(
         self, sequences: Sequence[ScoredSequence], *, temperature: float
@@ -266,8 +247,8 @@ class TorchBackend:
         )
         targets = torch.tensor([token for one in sequences for token in one.token_ids])
         ids = pad_rows([one.prompt_ids + one.token_ids for one in sequences])
-        logits = self._logits(ids.to(self._device), rows.to(self._device), columns.to(self._device))
-        values = _gather_logprobs(logits / temperature, targets.to(self._device))
+        wanted = Positions(*(one.to(self._device) for one in (ids, rows, columns, targets)))
+        values, _ = self._scores.score(wanted, temperature)
         return [part.cpu().numpy() for part in torch.split(values, counts)]
 
     @torch.no_grad()
@@ -279,7 +260,7 @@ class TorchBackend:
         rows = torch.arange(num_sequences, device=self._device)
         for length in range(1, num_tokens + 1):
             columns = torch.full_like(rows, length - 1)
-            logits = self._logits(ids.to(self._device), rows, columns)
+            logits = self._scores.logits(ids.to(self._device), rows, columns)
             chosen = torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator)
             ids = torch.cat([ids, chosen], dim=1)
         return [ScoredSequence((int(row[0]),), tuple(row[1:].tolist())) for row in ids]
@@ -306,12 +287,6 @@ class TorchBackend:
     def save_hf(self, directory: Path) -> None:
         """See ``Backend.save_hf``; tokenizer files are copied from the starting model's folder."""
         export_hf(self._model, directory, dtype=self._settings.dtype, source=self._source)
-
-
-def _gather_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
-    """log softmax(logits [N, vocab]) at targets [N], without keeping the whole distribution."""
-    chosen: Tensor = logits.gather(-1, targets[:, None]).squeeze(-1)
-    return chosen - torch.logsumexp(logits, dim=-1)
 
 
 def _array(values: Tensor) -> npt.NDArray[np.float64]:

@@ -204,6 +204,9 @@ class LearnerConfig(Section):
     updates_per_batch: int = Field(1, ge=1)
     """Optimizer steps a batch; above 1 the proximal pass is run."""
     microbatch_tokens: int = Field(16384, ge=1)
+    logprob_chunk_tokens: int = Field(1024, ge=0)
+    """Positions whose logits are in memory at once; a training step computes them twice where a
+    micro-batch has more trained tokens. 0: those of a whole micro-batch, each once."""
     freeze_router: Literal["none", "bias", "all"] = "none"
     """MoE: what of the routers gets no updates. ``bias``: the selection bias, as Ring-1T does;
     ``all``: the whole router. Frozen parts are saved and published all the same."""

@@ -52,9 +52,9 @@ def test_collate_points_at_the_logits_that_predict() -> None:
 
 
 def test_untied_weights_and_missing_logits_to_keep_work() -> None:
-    settings = TorchSettings(learner_config(), LossConfig())
+    settings = TorchSettings(learner_config(logprob_chunk_tokens=0), LossConfig())
     backend = TorchBackend(tiny_model(tied=False), settings)
-    backend._can_keep_logits = False
+    backend._scores._keeps_logits = False
     full = backend.train_batch(toy_batch())
     other = TorchBackend(tiny_model(tied=False), settings).train_batch(toy_batch())
     assert full.loss == pytest.approx(other.loss, rel=1e-5)

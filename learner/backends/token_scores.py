@@ -1,0 +1,178 @@
+"""Log-probs of single tokens without an array of all positions times the vocabulary.
+
+The body of the model runs once and leaves one hidden state a position. The LM head and its
+log-softmax then run over chunks of those positions that are wanted, and each chunk is computed
+again in the backward pass, so that logits of one chunk at most are alive at any time.
+
+Shape legend: B rows, L padded length, N wanted positions, V vocabulary, H hidden size.
+"""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+_ENTROPY_MAX_VOCAB = 8192
+"""Above this vocabulary the entropy would cost another array of the logits' size."""
+_PROBE_TOKENS = 8
+_HARMLESS = {"input_ids", "use_cache", "return_dict", "logits_to_keep"}
+"""Arguments of the body that do not change what it computes of ``input_ids``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Positions:
+    """Which tokens are wanted: ``input_ids`` int64 [B, L]; the rest int64 [N].
+
+    ``rows`` and ``columns`` say where ``targets`` are predicted.
+    """
+
+    input_ids: Tensor
+    rows: Tensor
+    columns: Tensor
+    targets: Tensor
+
+
+class TokenScores:
+    """Scores tokens under a causal LM, in chunks of ``chunk_tokens`` positions (0: all at once).
+
+    A model whose logits are more than its LM head of its body's last hidden states (a softcap, a
+    scale) is scored all at once whatever ``chunk_tokens`` says; the log tells so, once.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype, chunk_tokens: int) -> None:
+        """``dtype``: bfloat16 runs the model under autocast."""
+        self._model = model
+        self._dtype = dtype
+        self._body: Any = getattr(model, "base_model", model)
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.chunk_tokens = 0
+        """As it is done: 0 where the model does not allow more."""
+        if chunk_tokens:
+            place = next(model.parameters()).device
+            with torch.autocast(place.type, torch.bfloat16, enabled=self._low):
+                why = head_problem(model, place)
+            if not why:
+                self.chunk_tokens = chunk_tokens
+                return
+            structlog.get_logger(__name__).warning(
+                "learner.logprob_chunk_tokens has no effect: all logits are computed at once",
+                model=type(model).__name__,
+                why=why,
+            )
+
+    def score(
+        self, wanted: Positions, temperature: float, *, entropy: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probs fp32 [N] of ``wanted.targets``, with gradient when that is enabled, and entropy
+        fp32 [N], NaN where not asked for or where the vocabulary is too large for it."""
+        if not self.chunk_tokens:
+            logits = self.logits(wanted.input_ids, wanted.rows, wanted.columns)
+            return _scores(logits, wanted.targets, temperature, entropy)
+        with torch.autocast(wanted.input_ids.device.type, torch.bfloat16, enabled=self._low):
+            output = self._body(input_ids=wanted.input_ids, use_cache=False)
+        hidden: Tensor = output.last_hidden_state[wanted.rows, wanted.columns]
+        # One chunk alone is no larger when it is kept: nothing is computed again for it.
+        again = torch.is_grad_enabled() and hidden.shape[0] > self.chunk_tokens
+        parts: list[tuple[Tensor, Tensor]] = []
+        for states, targets in zip(
+            torch.split(hidden, self.chunk_tokens),
+            torch.split(wanted.targets, self.chunk_tokens),
+            strict=True,
+        ):
+            chunk = (states, targets, temperature, entropy)
+            if again:
+                # There is nothing random in a head, so no generator's state need be restored.
+                parts.append(
+                    checkpoint(
+                        self._score_states, *chunk, use_reentrant=False, preserve_rng_state=False
+                    )
+                )
+            else:
+                parts.append(self._score_states(*chunk))
+        return torch.cat([one for one, _ in parts]), torch.cat([one for _, one in parts])
+
+    def logits(self, input_ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """Logits fp32 [N, V] at the given places; columns outside them are not computed."""
+        extra: dict[str, Any] = {}
+        first = 0
+        if self._keeps_logits:
+            first = int(columns.min())
+            last = int(columns.max())
+            extra["logits_to_keep"] = torch.arange(first, last + 1, device=input_ids.device)
+        with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self._low):
+            output = self._model(input_ids=input_ids, use_cache=False, **extra)
+        logits: Tensor = output.logits
+        return logits[rows, columns - first].float()
+
+    @property
+    def _low(self) -> bool:
+        return self._dtype != torch.float32
+
+    def _score_states(
+        self, hidden: Tensor, targets: Tensor, temperature: float, entropy: bool
+    ) -> tuple[Tensor, Tensor]:
+        # Without autocast's cache each chunk has its own cast of the weight, so that the gradients
+        # of the chunks are added up in the float32 of the master and not in bfloat16.
+        device = hidden.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self._low, cache_enabled=False):
+            logits = self._model.get_output_embeddings()(hidden)  # type: ignore[operator]
+        return _scores(logits.float(), targets, temperature, entropy)
+
+
+@torch.no_grad()
+def head_problem(model: Any, device: torch.device) -> str:
+    """Why the logits of ``model`` are not LM head (last hidden state of its body); empty if so.
+
+    Seen in one forward of a few tokens on ``device``, bit for bit, so that whatever a model does
+    besides shows, known here or not.
+    """
+    find_head = getattr(model, "get_output_embeddings", None)
+    head, body = find_head() if find_head else None, getattr(model, "base_model", model)
+    if head is None or body is model:
+        return "it has no LM head apart from its body"
+    seen: dict[str, Any] = {"head": [], "body": []}
+    with ExitStack() as hooks:
+        for name, module in (("head", head), ("body", body)):
+            handle = module.register_forward_hook(
+                lambda _module, args, kwargs, output, name=name: seen[name].append(
+                    (args, kwargs, output)
+                ),
+                with_kwargs=True,
+            )
+            hooks.callback(handle.remove)
+        input_ids = torch.arange(_PROBE_TOKENS, device=device)[None] % head.weight.shape[0]
+        logits = model(input_ids=input_ids, use_cache=False).logits
+    if len(seen["head"]) != 1 or len(seen["body"]) != 1:
+        return "its forward does not run body and LM head once each"
+    (head_args, _, head_output), (args, kwargs, output) = seen["head"][0], seen["body"][0]
+    extra = {name for name, value in kwargs.items() if value is not None and value is not False}
+    if args or extra - _HARMLESS:
+        return f"its body is given more than token ids: {sorted(extra - _HARMLESS)}"
+    hidden = getattr(output, "last_hidden_state", None)
+    if hidden is None or not head_args or not torch.equal(head_args[0], hidden):
+        return "its LM head is not given the last hidden states as they are"
+    if not torch.equal(logits, head_output):
+        return "its logits are changed after the LM head (a scale or a softcap)"
+    return ""
+
+
+def _scores(
+    logits: Tensor, targets: Tensor, temperature: float, entropy: bool
+) -> tuple[Tensor, Tensor]:
+    """Log softmax(``logits`` [N, V] / temperature) at ``targets`` [N], and entropy [N]."""
+    logits = logits / temperature
+    chosen: Tensor = logits.gather(-1, targets[:, None]).squeeze(-1)
+    logprobs = chosen - torch.logsumexp(logits, dim=-1)
+    # Last, and without gradient: a chunk computed again stops before it comes here.
+    with torch.no_grad():
+        if not entropy or logits.shape[-1] > _ENTROPY_MAX_VOCAB:
+            return logprobs, torch.full_like(logprobs, float("nan"))
+        distribution = logits.log_softmax(-1)
+        return logprobs, -(distribution.exp() * distribution).sum(-1)
