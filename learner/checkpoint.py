@@ -49,7 +49,8 @@ class CheckpointMeta:
 
     ``step`` batches are trained; ``journal_offset`` is the end of the last one's record, as reached
     by journal life ``life``. ``data_position`` is ``DataPosition`` JSON. ``last_round_id`` is the
-    last round trained (0 when pipelined).
+    last round trained (0 when pipelined). ``published_step`` is the step that ``policy_version``
+    was published at, -1 if not known: when it is ``step``, the weights are those of that version.
     """
 
     run: str
@@ -60,6 +61,7 @@ class CheckpointMeta:
     policy_version: int
     last_round_id: int
     data_position: str
+    published_step: int = -1
 
     @property
     def name(self) -> str:
@@ -157,10 +159,33 @@ def load_latest(
     return None
 
 
+def read_model(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Fill a model's ``tensors`` (by name, on the CPU) from the checkpoint folder ``path``, in
+    place, and read nothing else of it.
+
+    Raises ``CheckpointError`` when the checkpoint is damaged or of another model.
+    """
+    wanted = {f"model.{name}": tensor for name, tensor in tensors.items()}
+    with _readable(path / _TENSORS):
+        reader = FileSystemReader(path / _TENSORS)
+        saved = {
+            name: tuple(entry.size)
+            for name, entry in reader.read_metadata().state_dict_metadata.items()
+            if name.startswith("model.") and isinstance(entry, TensorStorageMetadata)
+        }
+        shapes = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
+        if saved != shapes:
+            odd = sorted(dict(saved.items() ^ shapes.items()))[:3]
+            raise CheckpointError(f"it is of another model: tensors {odd} do not match")
+        dcp_load(wanted, storage_reader=reader, no_dist=True)
+
+
 def read_meta(path: Path) -> CheckpointMeta:
     """The meta data of one checkpoint folder. Raises ``CheckpointError`` when it is unreadable."""
     fields = _read_fields(path)
     try:
+        # Checkpoints of 0.1 do not say the published step.
+        fields = {"published_step": -1, **fields}
         return CheckpointMeta(**{name: fields[name] for name in CheckpointMeta.__slots__})
     except KeyError as error:
         raise CheckpointError(f"{path / _META} misses {error}") from error
@@ -199,20 +224,28 @@ def _write_tensors(tensors: dict[str, Tensor], directory: Path) -> None:
 
 def _read_tensors(directory: Path) -> dict[str, Tensor]:
     """Every tensor that the folder holds, on the CPU, whatever engine wrote it."""
-    try:
+    with _readable(directory):
         metadata = FileSystemReader(directory).read_metadata()
         tensors = {
             name: torch.empty(entry.size, dtype=entry.properties.dtype)
             for name, entry in metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
+        dcp_load(tensors, storage_reader=FileSystemReader(directory), no_dist=True)
+    return tensors
+
+
+@contextmanager
+def _readable(directory: Path) -> Iterator[None]:
+    try:
         with _single_process():
-            dcp_load(tensors, storage_reader=FileSystemReader(directory), no_dist=True)
+            yield
+    except CheckpointError:
+        raise
     except CheckpointException as error:  # derives from BaseException
         raise CheckpointError(f"{directory}: {error}") from error
     except Exception as error:  # damaged files fail in as many ways as there are readers
         raise CheckpointError(f"{directory}: {error}") from error
-    return tensors
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import structlog
 
 from learner.backends.base import Backend, ScoredSequence
 from learner.batch import TrainBatch
+from learner.version_exports import VersionExports
 from learner.worker_thread import TorchThread
 from ringasync.broker.client import Broker
 from ringasync.broker.types import Fence, VersionInfo
@@ -58,6 +60,11 @@ class Publisher:
         self._thread = thread
         self._config = config
         self._offer = offer
+        self._exports = VersionExports(
+            config.run_dir / "exports",
+            config.learner.export_every_versions,
+            config.learner.keep_exports,
+        )
         self._log = structlog.get_logger(__name__)
         self.last_version = 0
         """Highest number known to be used; the next one is one above."""
@@ -95,6 +102,7 @@ class Publisher:
             probe=probe,
             created_ms=await self._broker.now_ms(),
         )
+        export = await asyncio.to_thread(self._exports.begin, staging, fields)
         manifest = await self._transport.publish(
             staging, fields, consume=True, protect=publication.protect
         )
@@ -106,6 +114,7 @@ class Publisher:
         keep = max(8, self._config.weights.keep_versions + 1)
         await self._broker.publish(self._fence, info, keep)
         crashpoints.reach("published", publication.step)
+        await asyncio.to_thread(self._exports.finish, export, version)
         shutil.rmtree(staging, ignore_errors=True)
         self._log.info("weights published", version=version, step=publication.step)
         return version

@@ -65,6 +65,7 @@ class LearnerState:
             policy_version=self.policy_version,
             last_round_id=self.last_round_id,
             data_position=self.position.to_json(),
+            published_step=self.published_step,
         )
 
 

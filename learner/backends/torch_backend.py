@@ -21,6 +21,7 @@ from learner.backends.collate import MicroBatch, collate, pad_rows, plan_microba
 from learner.backends.experts import use_autocast_experts
 from learner.backends.export import export_hf
 from learner.backends.heads import use_float32_head
+from learner.backends.pretrained import load_causal_lm
 from learner.backends.routers import freeze_routers
 from learner.backends.routing_replay import replayed_routing, require_routers
 from learner.backends.token_scores import Positions, TokenScores
@@ -102,19 +103,8 @@ class TorchBackend:
     @classmethod
     def from_pretrained(cls, path: str, settings: TorchSettings) -> TorchBackend:
         """Load any HF causal LM folder or hub name. Raises ``TrainingError`` when it cannot be."""
-        from transformers import AutoModelForCausalLM
-        from transformers.utils import logging as transformers_logging
-
-        transformers_logging.disable_progress_bar()  # logs are lines, not bars
         torch.manual_seed(settings.seed)
-        try:
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-        except (OSError, ValueError) as error:
-            raise TrainingError(
-                f"cannot load model {path!r}: {error}. Give model.path a folder with config.json "
-                "and model.safetensors, or a hub name that this machine can reach"
-            ) from error
-        return cls(model, settings, source=path)
+        return cls(load_causal_lm(path), settings, source=path)
 
     @property
     def model(self) -> nn.Module:

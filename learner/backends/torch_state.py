@@ -19,7 +19,7 @@ def export_state(
     ``device`` is where the model trains, wherever it lies now.
     """
     state: dict[str, Tensor] = {}
-    for name, tensor in _model_tensors(model).items():
+    for name, tensor in model_tensors(model).items():
         state[f"model.{name}"] = tensor.detach()
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -66,7 +66,7 @@ def move_state(model: nn.Module, optimizer: torch.optim.Optimizer, device: torch
 
 
 def _checked(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    tensors = _model_tensors(model)
+    tensors = model_tensors(model)
     saved = {name[6:]: value for name, value in state.items() if name.startswith("model.")}
     if saved.keys() != tensors.keys():
         odd = sorted(saved.keys() ^ tensors.keys())[:3]
@@ -98,7 +98,7 @@ def _import_moments(
             optimizer.state[parameter] = moments
 
 
-def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters (tied ones once) and persistent buffers by name."""
     tensors: dict[str, Tensor] = dict(model.named_parameters())
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}

@@ -11,6 +11,7 @@ import typer
 from ringasync import __version__
 from ringasync.cli import manage, roles, tools
 from ringasync.cli.config_command import config
+from ringasync.cli.export_command import export
 from ringasync.errors import RingError
 
 EXIT_CODES = "\n\n".join(
@@ -58,7 +59,7 @@ def _register(panel: str, *commands: Callable[..., None]) -> None:
 _register("Run", roles.up, roles.coordinator, roles.worker, roles.learner, roles.grader)
 _register("Run", roles.redis)
 _register("Look", tools.top, tools.inspect, tools.samples, tools.audit, tools.report)
-_register("Manage", manage.pause, manage.resume, manage.rm, config)
+_register("Manage", manage.pause, manage.resume, manage.rm, export, config)
 
 
 def main() -> None:

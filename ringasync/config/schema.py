@@ -216,6 +216,11 @@ class LearnerConfig(Section):
     threads: int = Field(1, ge=1)
     checkpoint_every_steps: int = Field(20, ge=1)
     checkpoint_keep: int = Field(2, ge=1)
+    export_every_versions: int = Field(0, ge=0)
+    """Every version whose number is a multiple of this stays as an HF-format folder in
+    ``runs/NAME/exports``, from the published files. 0: none; `ringasync export` makes one."""
+    keep_exports: int = Field(0, ge=0)
+    """How many of the newest exports stay. 0: all."""
     lock_ttl_ms: int = Field(5000, ge=200)
     stall_report_s: float = Field(30.0, gt=0)
 

@@ -6,6 +6,7 @@
     runs/NAME/up.lock         held while `ringasync up` works on the run
     runs/NAME/logs/           what each role wrote
     runs/NAME/redis/          data of the embedded Redis
+    runs/NAME/exports/        versions that the learner was told to keep
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ OWN_NAMES = frozenset(
     {
         *(RECORD_FILE, LOCK_FILE, "config.json", "redis", "logs", "feeding.json"),
         *("metrics.jsonl", "tensorboard", "summary.json", "report.html"),
-        *("weights", "publish", "checkpoints", "journal"),
+        *("weights", "publish", "exports", "checkpoints", "journal"),
     }
 )
 """What roles write into a run's folder. A folder that holds other things is somebody's own."""
