@@ -21,6 +21,7 @@ ROLE_MODULES = {
 """Arguments after ``python -m``. Names only: ringasync imports neither workers nor learner."""
 
 STARTER_MODULE = "learner.starter"
+REPLAY_MODULE = "learner.replay"
 
 LEARNER_DRAIN_TIMEOUT_S = 60.0
 """A step and a checkpoint may be under way; both end within this on any model a laptop trains."""
