@@ -122,13 +122,12 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     table = Table(title=f"replay of {summary['run']}: {summary['label']}", title_justify="left")
     for name in ("", "recorded", "replayed"):
         table.add_column(name, justify="left" if not name else "right")
-    table.add_row("began at", "", str(summary["began_at"]))
     for key, value in summary["changed"].items():
         table.add_row(key, str(summary["was"][key]), str(value))
     table.add_row("steps", str(summary["steps_compared"]), str(summary["steps"]))
-    worst = _shown(summary["largest_loss_difference"])
-    at = summary["largest_loss_difference_step"]
-    table.add_row("largest |loss difference|", "", worst if at is None else f"{worst} (step {at})")
+    worst, at = summary["largest_loss_difference"], summary["largest_loss_difference_step"]
+    where = f" (step {at})" if worst else ""
+    table.add_row("largest |loss difference|", "", f"{_shown(worst)}{where}")
     for key, what in (
         ("mask_rate", "mean mask rate"),
         ("grad_norm", "mean gradient norm"),

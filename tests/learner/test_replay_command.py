@@ -113,7 +113,7 @@ def test_a_replay_from_the_start_is_the_run_bit_for_bit(
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
     for line in lines:
         own = run[line["step"]]
-        same = {*own} - {"kind", "stream", "replayed", "step_s", "tokens_per_s"}
+        same = {*own} - {"role", "stream", "replayed", "step_s", "tokens_per_s"}
         for key in (key for key in same if not key.startswith("time_")):
             assert line[key] == own[key], key
         assert line["recorded_loss"] == own["loss"]
@@ -165,6 +165,9 @@ def test_a_changed_correction_gives_other_losses_and_no_failure(run_dir: Path) -
     assert summary["was"] == {"loss.mismatch": "icepop", "loss.tis_cap": 2.0}
     assert summary["first_differing_step"] == 1
     assert summary["mask_rate_mean_replayed"] == 0
+    assert replay(ReplayOptions(run_dir, ("loss.mask_low=0.97",), steps=2, label="narrow")) == 0
+    narrow = summary_of(run_dir, "narrow")
+    assert narrow["mask_rate_mean_replayed"] > narrow["mask_rate_mean_recorded"]
 
 
 def test_another_order_of_sums_is_held_to_a_tolerance(run_dir: Path) -> None:
