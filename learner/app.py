@@ -13,7 +13,7 @@ import torch
 from learner.backends.base import Backend
 from learner.backends.torch_backend import TorchBackend, TorchSettings
 from learner.checkpoint import load_latest
-from learner.journal import Journal
+from learner.journal import Journal, JournalReader
 from learner.keeper import Keeper, acquire_role
 from learner.loop import LearnerLoop
 from learner.peer_server import PeerServer
@@ -131,7 +131,7 @@ async def _work(
     try:
         # The lock may have been lost while the chain was checked: then this life must not write.
         await broker.renew_lock(fence, config.learner.lock_ttl_ms)
-        state = await thread.run(restore, config, backend, journal)
+        state = await thread.run(restore, config.run_dir, config.run.name, backend, journal)
         loop = LearnerLoop(
             broker=broker,
             fence=fence,
@@ -166,14 +166,24 @@ def journal_dir(config: Config) -> Path:
     return config.run_dir / "journal"
 
 
-def restore(config: Config, backend: Backend, journal: Journal) -> LearnerState:
-    """Load the newest checkpoint on the journal's chain into ``backend``; a fresh state if none."""
+def restore(
+    run_dir: Path,
+    run: str,
+    backend: Backend,
+    journal: JournalReader,
+    max_version: int | None = None,
+) -> LearnerState:
+    """Load the newest checkpoint on the journal's chain into ``backend``; a fresh state if none.
+
+    With ``max_version`` the newest one whose policy version is not above it.
+    """
     log = structlog.get_logger(__name__)
     checkpoint = load_latest(
-        config.run_dir / "checkpoints",
-        config.run.name,
+        run_dir / "checkpoints",
+        run,
         accept=lambda meta: journal.covers(meta.life, meta.journal_offset),
         warn=log.warning,
+        wanted=lambda meta: max_version is None or meta.policy_version <= max_version,
     )
     if checkpoint is None:
         return LearnerState()

@@ -134,12 +134,13 @@ def load_latest(
     *,
     accept: Callable[[CheckpointMeta], bool],
     warn: Callable[[str], None],
+    wanted: Callable[[CheckpointMeta], bool] = lambda _meta: True,
 ) -> Checkpoint | None:
     """The newest checkpoint that is whole and that ``accept`` takes; None when there is none.
 
     An unusable one is passed over with a warning: an older one leads to the same weights, since
-    every later batch is trained again from the journal. Raises ``CheckpointError`` when checkpoints
-    exist and none of them can be used.
+    every later batch is trained again from the journal. Those that are not ``wanted`` are passed
+    over in silence. Raises ``CheckpointError`` when checkpoints exist and none of them can be used.
     """
     refused: list[str] = []
     for path in list_checkpoints(directory):
@@ -147,6 +148,8 @@ def load_latest(
             meta = read_meta(path)
             if meta.run != run:
                 raise CheckpointError(f"it belongs to run {meta.run!r}")
+            if not wanted(meta):
+                continue
             if not accept(meta):
                 warn(f"{path.name} was written by a learner that had been replaced: passed over")
                 continue

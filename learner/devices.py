@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ringasync.config.schema import LearnerConfig
 from ringasync.errors import ConfigError
 
 
@@ -31,3 +32,15 @@ def resolve_device(name: str, setting: str = "learner.device") -> torch.device:
     index = torch.cuda.current_device() if device.index is None else device.index
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
+
+
+def arithmetic(settings: LearnerConfig) -> str:
+    """What decides how sums are rounded: device, its instructions or name, threads, torch.
+
+    Where it is the same, a CPU gives the same bits; a GPU adds in no fixed order.
+    """
+    device = resolve_device(settings.device)
+    if device.type == "cuda":
+        return f"cuda {torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    instructions = torch.backends.cpu.get_cpu_capability()
+    return f"cpu {instructions}, threads {settings.threads}, torch {torch.__version__}"

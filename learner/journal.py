@@ -54,22 +54,58 @@ class _Link:
     base: int
 
 
-class Journal:
-    """An open journal; only the newest life may append.
+class JournalReader:
+    """A journal as it was when it was looked at. Changes nothing, also beside a living learner.
 
     ``entries`` indexes every batch of the chain, oldest first.
     """
 
+    def __init__(self, directory: Path, chain: _Chain) -> None:
+        self._directory = directory
+        self._links = chain.links
+        self.entries = chain.entries
+        self._end = chain.end
+
+    @classmethod
+    def look(cls, directory: Path, run: str) -> JournalReader:
+        """Check the whole chain; a torn tail, which no learner trained, is left out.
+
+        Raises ``JournalError`` when the chain is damaged before its tail or is another run's.
+        """
+        return JournalReader(directory, scan(directory, run))
+
+    @property
+    def end(self) -> int:
+        """Offset one past the last record."""
+        return self._end
+
+    def read(self, offset: int = 0) -> Iterator[tuple[Entry, BatchRecord]]:
+        """Records that begin at ``offset`` or later, in order."""
+        for frame in _frames(self._directory, offset):
+            fields = _fields(frame)
+            if fields.get("kind") == "batch":
+                yield _entry(frame, fields), unpack_record(fields)
+
+    def covers(self, life: int, offset: int) -> bool:
+        """Whether ``offset``, as reached by ``life``, lies on the present chain.
+
+        False for what a replaced learner wrote after its successor had begun.
+        """
+        return offset <= self._end and all(
+            link.base >= offset for link in self._links if link.life > life
+        )
+
+
+class Journal(JournalReader):
+    """An open journal; only the newest life may append."""
+
     def __init__(
         self, directory: Path, run: str, life: int, chain: _Chain, file_bytes: int
     ) -> None:
-        self._directory = directory
+        super().__init__(directory, chain)
         self._run = run
         self.life = life
-        self._links = chain.links
-        self.entries = chain.entries
         self._groups = chain.groups
-        self._end = chain.end
         self._file_bytes = file_bytes
         self._file: FileIO | None = None
         self._file_base = 0
@@ -91,11 +127,6 @@ class Journal:
         journal._begin_file(fence)
         return journal
 
-    @property
-    def end(self) -> int:
-        """Offset one past the last record."""
-        return self._end
-
     def append(self, record: BatchRecord) -> Entry:
         """Write a record and fsync it.
 
@@ -116,22 +147,6 @@ class Journal:
     def holds(self, group_ids: Iterable[str]) -> list[str]:
         """Which of these groups are journalled already, of the last hundred thousand."""
         return [group_id for group_id in group_ids if group_id in self._groups]
-
-    def read(self, offset: int = 0) -> Iterator[tuple[Entry, BatchRecord]]:
-        """Records that begin at ``offset`` or later, in order."""
-        for frame in _frames(self._directory, offset):
-            fields = _fields(frame)
-            if fields.get("kind") == "batch":
-                yield _entry(frame, fields), unpack_record(fields)
-
-    def covers(self, life: int, offset: int) -> bool:
-        """Whether ``offset``, as reached by ``life``, lies on the present chain.
-
-        False for what a replaced learner wrote after its successor had begun.
-        """
-        return offset <= self._end and all(
-            link.base >= offset for link in self._links if link.life > life
-        )
 
     def close(self) -> None:
         """Close the file; everything is on disk already."""
@@ -190,8 +205,10 @@ def scan(directory: Path, run: str) -> _Chain:
         if not chain.links or chain.links[-1].life != file.life:
             chain.links.append(_Link(file.life, file.base))
         if file.base != chain.end:
-            raise JournalError(f"{file.path} begins at {file.base}, expected {chain.end}")
-        for frame in read_frames(file, limit, file.base):
+            raise JournalError(
+                f"{file.path} begins at {file.base}, expected {chain.end}: {_whole(chain)}"
+            )
+        for frame in _named_damage(read_frames(file, limit, file.base), chain):
             fields = _fields(frame)
             if fields.get("kind") == "batch":
                 chain.entries.append(_entry(frame, fields))
@@ -202,6 +219,21 @@ def scan(directory: Path, run: str) -> _Chain:
                 )
             chain.end = frame.end
     return chain
+
+
+def _named_damage(frames: Iterator[Frame], chain: _Chain) -> Iterator[Frame]:
+    """The frames; damage among them says which batch was the last whole one."""
+    try:
+        yield from frames
+    except JournalError as error:
+        raise JournalError(f"{error}; {_whole(chain)}") from error
+
+
+def _whole(chain: _Chain) -> str:
+    if not chain.entries:
+        return "no whole batch comes before"
+    last = chain.entries[-1]
+    return f"the last whole batch before is {last.batch_id} of step {last.step + 1}"
 
 
 def _remember(groups: dict[str, None], new: Iterable[str]) -> None:

@@ -21,10 +21,11 @@ from pathlib import Path
 import structlog
 
 from learner.backends.base import Backend
-from learner.batch import TrainBatch
 from learner.batcher import Batcher, BatchRequest
+from learner.catch_up import train_record, untrained_records
 from learner.checkpoint import CheckpointMeta, save_checkpoint
 from learner.device_turn import DeviceTurn
+from learner.devices import arithmetic
 from learner.journal import Journal
 from learner.keeper import Keeper
 from learner.outcomes import note_closed_groups
@@ -79,6 +80,7 @@ class LearnerLoop:
         self._batcher = Batcher(broker, fence, config)
         self._device = DeviceTurn(broker, fence, keeper, backend, thread, config)
         self._stall = StallWatch(broker, config.learner.stall_report_s)
+        self._arithmetic = arithmetic(config.learner)
         self._incarnation = keeper.poll.incarnation
         self._complete = False
         self._log = structlog.get_logger(__name__)
@@ -229,8 +231,7 @@ class LearnerLoop:
     ) -> TrainedStep:
         times.handover_s += await self._device.take()
         began = time.monotonic()
-        batch: TrainBatch = record.train_batch()
-        result = await self._thread.run(self._backend.train_batch, batch)
+        batch, result = await self._thread.run(train_record, self._backend, record)
         times.train_s = time.monotonic() - began
         crashpoints.reach("stepped", record.step)
         await self._agreed(record, commit=False)
@@ -270,14 +271,10 @@ class LearnerLoop:
             *(entry.policy_version for entry in self._journal.entries),
         )
         started = self.state.step
-        for entry, record in self._journal.read(self.state.journal_offset):
+        for entry, record in untrained_records(self._journal, self.state):
             if self._shutdown.is_requested:
                 break
             self._status("catching up")
-            if record.step != self.state.step:
-                raise InvariantError(
-                    f"journal holds step {record.step} where {self.state.step} was expected"
-                )
             done = await self._train(record, entry.end, StepTimes(), replayed=True)
             await self._report(done)
         self.state.fork_step = self.state.step
@@ -349,6 +346,7 @@ class LearnerLoop:
 
     async def _report(self, done: TrainedStep) -> None:
         metrics = step_metrics(done, self._config.loss, self.state.policy_version)
+        metrics["arithmetic"] = self._arithmetic
         await self._broker.push_metrics("learner", metrics)
         gap = metrics.get("gap_mean")
         if gap is not None and gap > _GAP_ALARM_NATS:

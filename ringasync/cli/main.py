@@ -12,12 +12,13 @@ from ringasync import __version__
 from ringasync.cli import manage, roles, tools
 from ringasync.cli.config_command import config
 from ringasync.cli.export_command import export
+from ringasync.cli.replay_command import replay
 from ringasync.errors import RingError
 
 EXIT_CODES = "\n\n".join(
     (
         "Exit codes:",
-        "0 done; 1 not done, or accounts out of balance (audit);",
+        "0 done; 1 not done, accounts out of balance (audit) or other losses (replay);",
         "2 configuration or command line;",
         "3 surroundings: Redis unreachable or refused, another schema or configuration;",
         "4 another process has the role; 5 lost the right to act;",
@@ -58,7 +59,7 @@ def _register(panel: str, *commands: Callable[..., None]) -> None:
 
 _register("Run", roles.up, roles.coordinator, roles.worker, roles.learner, roles.grader)
 _register("Run", roles.redis)
-_register("Look", tools.top, tools.inspect, tools.samples, tools.audit, tools.report)
+_register("Look", tools.top, tools.inspect, tools.samples, tools.audit, tools.report, replay)
 _register("Manage", manage.pause, manage.resume, manage.rm, export, config)
 
 

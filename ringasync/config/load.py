@@ -56,25 +56,16 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: the file cannot be read, or settings are wrong; names the file and, all at
             once, each key, what is wrong with it and what is allowed.
     """
-    data = _parse(path, _read(path))
-    origins: dict[Location, str] = {}
-    problems: list[str] = []
-    for override in overrides:
-        try:
-            origins[_apply(data, override)] = override
-        except ValueError as error:
-            problems.append(f"--set {override}: {error}")
-    problems += _values_that_are_no_settings(data, ())
-    config: Config | None = None
-    if not problems:
-        try:
-            # JSON mode: strict about types, yet a list is a tuple and text is a path.
-            config = Config.model_validate_json(json.dumps(data), strict=True)
-        except ValidationError as error:
-            problems += _explain_all(error, origins)
-    if config is None:
-        raise ConfigError(_report(path, problems))
-    return config
+    return _checked(_parse(path, _read(path)), overrides, path)
+
+
+def with_overrides(config: Config, overrides: Sequence[str], source: Path) -> Config:
+    """``config`` with ``key=value`` overrides, as in ``load_config``; messages name ``source``.
+
+    Raises:
+        ConfigError: an override is wrong.
+    """
+    return _checked(config.model_dump(mode="json"), overrides, source)
 
 
 def config_hash(config: Config) -> str:
@@ -113,6 +104,28 @@ def config_from_json(text: str) -> Config:
         return Config.model_validate_json(text, strict=True)
     except ValidationError as error:
         raise ConfigError(_report(Path("stored configuration"), _explain_all(error, {}))) from None
+
+
+def _checked(data: dict[str, Any], overrides: Sequence[str], path: Path) -> Config:
+    """Apply the overrides to ``data`` and validate it; ``path`` is named in messages."""
+    origins: dict[Location, str] = {}
+    problems: list[str] = []
+    for override in overrides:
+        try:
+            origins[_apply(data, override)] = override
+        except ValueError as error:
+            problems.append(f"--set {override}: {error}")
+    problems += _values_that_are_no_settings(data, ())
+    config: Config | None = None
+    if not problems:
+        try:
+            # JSON mode: strict about types, yet a list is a tuple and text is a path.
+            config = Config.model_validate_json(json.dumps(data), strict=True)
+        except ValidationError as error:
+            problems += _explain_all(error, origins)
+    if config is None:
+        raise ConfigError(_report(path, problems))
+    return config
 
 
 def _read(path: Path) -> str:

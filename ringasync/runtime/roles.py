@@ -22,6 +22,7 @@ ROLE_MODULES = {
 
 STARTER_MODULE = "learner.starter"
 EXPORT_MODULE = "learner.export"
+REPLAY_MODULE = "learner.replay"
 
 LEARNER_DRAIN_TIMEOUT_S = 60.0
 """A step and a checkpoint may be under way; both end within this on any model a laptop trains."""

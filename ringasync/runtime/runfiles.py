@@ -5,6 +5,7 @@
     runs/NAME/run.json        this record, so that tools find the run by its name
     runs/NAME/up.lock         held while `ringasync up` works on the run
     runs/NAME/logs/           what each role wrote
+    runs/NAME/replay/         what `ringasync replay` wrote, by label
     runs/NAME/redis/          data of the embedded Redis
     runs/NAME/exports/        versions that the learner was told to keep
 """
@@ -31,7 +32,7 @@ OWN_NAMES = frozenset(
     {
         *(RECORD_FILE, LOCK_FILE, "config.json", "redis", "logs", "feeding.json"),
         *("metrics.jsonl", "tensorboard", "summary.json", "report.html"),
-        *("weights", "publish", "exports", "checkpoints", "journal"),
+        *("weights", "publish", "exports", "checkpoints", "journal", "replay"),
     }
 )
 """What roles write into a run's folder. A folder that holds other things is somebody's own."""
