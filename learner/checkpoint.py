@@ -33,9 +33,9 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from learner.journal_files import sync_directory
 from learner.record import CarriedRollout, pack_carry, unpack_carry
 from ringasync import SCHEMA_VERSION
+from ringasync.durable import sync_path
 from ringasync.errors import CheckpointError, JournalError
 from ringasync.runtime import crashpoints
 
@@ -103,12 +103,12 @@ def save_checkpoint(
         }
         _write_file(staging / _CARRY, carried)
         _write_file(staging / _META, json.dumps(fields, indent=1).encode())
-        sync_directory(staging)
+        sync_path(staging)
         crashpoints.reach("checkpointing", meta.step)
         if target.exists():  # the same life saved this step before: the same content
             shutil.rmtree(target)
         staging.rename(target)
-        sync_directory(directory)
+        sync_path(directory)
     except OSError as error:
         raise CheckpointError(
             f"cannot write checkpoint {target}: {error}. Free disk space, then start again"

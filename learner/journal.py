@@ -23,10 +23,10 @@ from learner.journal_files import (
     file_name,
     list_files,
     read_frames,
-    sync_directory,
 )
 from learner.record import BatchRecord, pack_record, unpack_record
 from ringasync import SCHEMA_VERSION
+from ringasync.durable import sync_path
 from ringasync.errors import FencedError, JournalError
 
 DEFAULT_FILE_BYTES = 64 << 20
@@ -165,7 +165,7 @@ class Journal(JournalReader):
             raise JournalError(f"cannot create {path}: {error}") from error
         self._file_base = self._end
         self._write({"kind": "marker", "schema": SCHEMA_VERSION, "run": self._run, "fence": fence})
-        sync_directory(self._directory)
+        sync_path(self._directory)
 
     def _write(self, fields: dict[str, Any]) -> int:
         file = self._file

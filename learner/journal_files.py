@@ -12,7 +12,6 @@ void: the torn tail of a crash, and whatever a paused learner appends after it w
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -121,12 +120,3 @@ def _check_damage(file: JournalFile, data: bytes, position: int, limit: int | No
                 f"{following}: this is not a torn tail. Restore the file from a copy"
             )
         following = data.find(_MAGIC, following + 1)
-
-
-def sync_directory(directory: Path) -> None:
-    """Make renames and new files in a folder durable."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

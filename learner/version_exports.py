@@ -8,7 +8,7 @@ from pathlib import Path
 
 import structlog
 
-from learner.journal_files import sync_directory
+from ringasync.durable import sync_path
 from ringasync.weights.exports import Origin, export_name, fill_export, list_exports
 from ringasync.weights.manifest import VersionFields
 
@@ -56,7 +56,7 @@ class VersionExports:
         target = self._root / export_name(version)
         try:
             staged.rename(target)
-            sync_directory(self._root)
+            sync_path(self._root)
             for _, path in list_exports(self._root)[: -self._keep] if self._keep else []:
                 shutil.rmtree(path)
         except OSError as error:

@@ -28,6 +28,7 @@ ALLOWED_OF_PICKLE = "pickle.UnpicklingError"
 LAYERS: dict[str, int] = {
     "errors": 0,
     "clock": 0,
+    "durable": 0,
     "records": 1,
     "config": 2,
     "broker": 3,

@@ -18,6 +18,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ringasync.durable import sync_path
 from ringasync.errors import ManifestError
 from ringasync.weights.manifest import published_files
 
@@ -68,16 +69,16 @@ def fill_export(source: Path, target: Path, origin: Origin, *, link: bool) -> No
                 linked = True
         if not linked:
             shutil.copyfile(path, target / path.name)
-            _fsync(target / path.name)
+            sync_path(target / path.name)
     write_origin(target, origin)
-    _fsync(target)
+    sync_path(target)
 
 
 def write_origin(folder: Path, origin: Origin) -> None:
     """Say in the folder what its weights are."""
     text = json.dumps(asdict(origin), indent=2) + "\n"
     (folder / ORIGIN_FILE).write_text(text, encoding="utf-8")
-    _fsync(folder / ORIGIN_FILE)
+    sync_path(folder / ORIGIN_FILE)
 
 
 def read_origin(folder: Path) -> Origin:
@@ -89,11 +90,3 @@ def read_origin(folder: Path) -> Origin:
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ManifestError(f"{folder / ORIGIN_FILE} is unreadable: {error}") from error
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

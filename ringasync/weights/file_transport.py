@@ -22,6 +22,7 @@ from collections import defaultdict
 from collections.abc import Collection
 from pathlib import Path
 
+from ringasync.durable import sync_path
 from ringasync.errors import ManifestError
 from ringasync.records.weights import WeightManifest
 from ringasync.weights.manifest import (
@@ -108,14 +109,14 @@ class FileTransport:
             manifest = build_manifest(staging, fields, "file", name)
             (staging / MANIFEST_FILE).write_text(dump_manifest(manifest), encoding="utf-8")
             for path in staging.iterdir():
-                _fsync(path)
-            _fsync(staging)
+                sync_path(path)
+            sync_path(staging)
             self._lock_path(name).touch()
             staging.rename(target)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
-        _fsync(self._root)
+        sync_path(self._root)
         if consume:
             shutil.rmtree(source, ignore_errors=True)
         self._prune(protect)
@@ -214,11 +215,3 @@ def _bring(source: Path, target: Path, consume: bool) -> None:
         shutil.move(source, target)
     else:
         shutil.copyfile(source, target)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
