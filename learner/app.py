@@ -183,10 +183,10 @@ def restore(
         run,
         accept=lambda meta: journal.covers(meta.life, meta.journal_offset),
         warn=log.warning,
+        restore=backend.load,
         wanted=lambda meta: max_version is None or meta.policy_version <= max_version,
     )
     if checkpoint is None:
         return LearnerState()
-    backend.load_state_dict(checkpoint.tensors)
     log.info("checkpoint restored", step=checkpoint.meta.step, name=checkpoint.meta.name)
     return LearnerState.from_meta(checkpoint.meta, checkpoint.carry)

@@ -5,7 +5,7 @@
     checkpoints/step00000020-f000003-l000002/
         meta.json        step, journal offset, policy version, data position, checksums
         carry.msgpack    surplus trajectories in full
-        tensors/         torch.distributed.checkpoint (also read by sharded engines)
+        tensors/         the backend's state (``learner.backends.tensor_files``), any ranks
 
 A folder under its final name is complete: it is written under a temporary name, fsynced, renamed.
 """
@@ -17,21 +17,13 @@ import os
 import re
 import shutil
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import xxhash
-from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
-from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from learner.record import CarriedRollout, pack_carry, unpack_carry
 from ringasync import SCHEMA_VERSION
@@ -41,6 +33,7 @@ from ringasync.runtime import crashpoints
 
 _NAME = re.compile(r"^step(\d{8,})-f(\d{6,})-l(\d{6,})$")
 _META, _CARRY, _TENSORS = "meta.json", "carry.msgpack", "tensors"
+_READ_BYTES = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,52 +64,96 @@ class CheckpointMeta:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Checkpoint:
-    """A loaded checkpoint."""
+    """A checkpoint folder that was found whole; its tensors are in ``tensors_in(path)``."""
 
+    path: Path
     meta: CheckpointMeta
-    tensors: dict[str, Tensor]
     carry: tuple[CarriedRollout, ...]
 
 
-def save_checkpoint(
-    directory: Path,
-    meta: CheckpointMeta,
-    tensors: Mapping[str, Tensor],
-    carry: tuple[CarriedRollout, ...],
-    *,
-    keep: int,
-) -> Path:
-    """Write a checkpoint durably and atomically, then drop all but the newest ``keep``.
+@dataclass(frozen=True, slots=True, eq=False)
+class PendingCheckpoint:
+    """A checkpoint under a temporary name, whose tensors are being written.
 
-    Raises ``CheckpointError`` when it cannot be written; older ones are then untouched.
+    ``tensors`` ends when they are durable, or raises ``CheckpointError``. Then ``seal`` and
+    ``publish`` make it a checkpoint; ``discard`` ends it at any point.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    target = directory / meta.name
-    staging = Path(tempfile.mkdtemp(prefix=f".tmp-{meta.name}-", dir=directory))
-    try:
-        _write_tensors(dict(tensors), staging / _TENSORS)
-        carried = pack_carry(carry)
-        fields = {
-            "schema": SCHEMA_VERSION,
-            **asdict(meta),
-            "carry_xxh3": xxhash.xxh3_64_hexdigest(carried),
-        }
-        _write_file(staging / _CARRY, carried)
-        _write_file(staging / _META, json.dumps(fields, indent=1).encode())
-        sync_path(staging)
-        crashpoints.reach("checkpointing", meta.step)
-        if target.exists():  # the same life saved this step before: the same content
-            shutil.rmtree(target)
-        staging.rename(target)
-        sync_path(directory)
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot write checkpoint {target}: {error}. Free disk space, then start again"
-        ) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    _prune(directory, meta, keep)
-    return target
+
+    meta: CheckpointMeta
+    carry: tuple[CarriedRollout, ...]
+    staging: Path
+    tensors: Future[None]
+
+    @classmethod
+    def begin(
+        cls,
+        directory: Path,
+        meta: CheckpointMeta,
+        carry: tuple[CarriedRollout, ...],
+        begin_save: Callable[[Path], Future[None]],
+    ) -> PendingCheckpoint:
+        """Have ``begin_save`` (a backend's) copy the state; returns when that is done.
+
+        Raises ``CheckpointError``; nothing is left of it then.
+        """
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            staging = Path(tempfile.mkdtemp(prefix=f".tmp-{meta.name}-", dir=directory))
+        except OSError as error:
+            raise _cannot_write(directory / meta.name, error) from error
+        try:
+            return cls(meta, carry, staging, begin_save(tensors_in(staging)))
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+
+    @property
+    def target(self) -> Path:
+        """Its final name."""
+        return self.staging.with_name(self.meta.name)
+
+    def seal(self) -> None:
+        """Wait for the tensors, write the rest and all checksums. Raises ``CheckpointError``."""
+        try:
+            self.tensors.result()
+            carried = pack_carry(self.carry)
+            fields = {
+                "schema": SCHEMA_VERSION,
+                **asdict(self.meta),
+                "carry_xxh3": xxhash.xxh3_64_hexdigest(carried),
+                "tensors_xxh3": _digests(tensors_in(self.staging)),
+            }
+            _write_file(self.staging / _CARRY, carried)
+            _write_file(self.staging / _META, json.dumps(fields, indent=1).encode())
+            sync_path(self.staging)
+        except OSError as error:
+            raise _cannot_write(self.target, error) from error
+
+    def publish(self, *, keep: int) -> Path:
+        """Give a sealed checkpoint its name, then drop all but the newest ``keep``.
+
+        Raises ``CheckpointError``; older ones are then untouched.
+        """
+        crashpoints.reach("checkpointing", self.meta.step)
+        try:
+            if self.target.exists():  # the same life saved this step before: the same content
+                shutil.rmtree(self.target)
+            self.staging.rename(self.target)
+            sync_path(self.target.parent)
+        except OSError as error:
+            raise _cannot_write(self.target, error) from error
+        _prune(self.target.parent, self.meta, keep)
+        return self.target
+
+    def discard(self) -> None:
+        """Remove what is not published; waits for the writing to end."""
+        self.tensors.exception()
+        shutil.rmtree(self.staging, ignore_errors=True)
+
+
+def tensors_in(path: Path) -> Path:
+    """The folder of a checkpoint's tensors."""
+    return path / _TENSORS
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
@@ -134,13 +171,17 @@ def load_latest(
     *,
     accept: Callable[[CheckpointMeta], bool],
     warn: Callable[[str], None],
+    restore: Callable[[Path], None],
     wanted: Callable[[CheckpointMeta], bool] = lambda _meta: True,
 ) -> Checkpoint | None:
-    """The newest checkpoint that is whole and that ``accept`` takes; None when there is none.
+    """Restore the newest checkpoint that is whole and that ``accept`` takes; None without any.
 
-    An unusable one is passed over with a warning: an older one leads to the same weights, since
-    every later batch is trained again from the journal. Those that are not ``wanted`` are passed
-    over in silence. Raises ``CheckpointError`` when checkpoints exist and none of them can be used.
+    ``restore`` (a backend's ``load``) gets the folder of its tensors; when it raises
+    ``CheckpointError`` it has changed nothing. An unusable checkpoint is passed over with a
+    warning: an older one leads to the same weights, since every later batch is trained again from
+    the journal. Those that are not ``wanted`` are passed over in silence.
+
+    Raises ``CheckpointError`` when checkpoints exist and none of them can be used.
     """
     refused: list[str] = []
     for path in list_checkpoints(directory):
@@ -153,34 +194,34 @@ def load_latest(
             if not accept(meta):
                 warn(f"{path.name} was written by a learner that had been replaced: passed over")
                 continue
-            return Checkpoint(meta, _read_tensors(path / _TENSORS), _read_carry(path))
+            carry = _read_carry(path)
+            verify_tensors(path)
+            restore(tensors_in(path))
         except CheckpointError as error:
             warn(f"checkpoint {path.name} is unusable and passed over: {error}")
             refused.append(f"{path.name}: {error}")
+        else:
+            return Checkpoint(path, meta, carry)
     if refused:
         raise CheckpointError("no checkpoint can be used: " + "; ".join(refused))
     return None
 
 
-def read_model(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Fill a model's ``tensors`` (by name, on the CPU) from the checkpoint folder ``path``, in
-    place, and read nothing else of it.
+def verify_tensors(path: Path) -> None:
+    """Compare a checkpoint's tensor files with their checksums. Raises ``CheckpointError``.
 
-    Raises ``CheckpointError`` when the checkpoint is damaged or of another model.
+    torch does not: a flipped bit would become a weight. Checkpoints of 0.1 have no checksums.
     """
-    wanted = {f"model.{name}": tensor for name, tensor in tensors.items()}
-    with _readable(path / _TENSORS):
-        reader = FileSystemReader(path / _TENSORS)
-        saved = {
-            name: tuple(entry.size)
-            for name, entry in reader.read_metadata().state_dict_metadata.items()
-            if name.startswith("model.") and isinstance(entry, TensorStorageMetadata)
-        }
-        shapes = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
-        if saved != shapes:
-            odd = sorted(dict(saved.items() ^ shapes.items()))[:3]
-            raise CheckpointError(f"it is of another model: tensors {odd} do not match")
-        dcp_load(wanted, storage_reader=reader, no_dist=True)
+    expected = _read_fields(path).get("tensors_xxh3")
+    if expected is None:
+        return
+    try:
+        found = _digests(tensors_in(path))
+    except OSError as error:
+        raise CheckpointError(f"{tensors_in(path)} is unreadable: {error}") from error
+    if found != expected:
+        odd = sorted(dict(found.items() ^ expected.items()))
+        raise CheckpointError(f"{tensors_in(path)}: missing, damaged or foreign files: {odd[:3]}")
 
 
 def read_meta(path: Path) -> CheckpointMeta:
@@ -217,46 +258,22 @@ def _read_carry(path: Path) -> tuple[CarriedRollout, ...]:
         raise CheckpointError(str(error)) from error
 
 
-def _write_tensors(tensors: dict[str, Tensor], directory: Path) -> None:
-    try:
-        with _single_process():
-            dcp_save(tensors, storage_writer=FileSystemWriter(directory), no_dist=True)
-    except CheckpointException as error:  # derives from BaseException
-        raise CheckpointError(f"tensors cannot be written: {error}") from error
+def _digests(directory: Path) -> dict[str, str]:
+    """xxh3 of each file by name."""
+    digests = {}
+    for path in sorted(directory.iterdir()):
+        digest = xxhash.xxh3_64()
+        with path.open("rb") as file:
+            while block := file.read(_READ_BYTES):
+                digest.update(block)
+        digests[path.name] = digest.hexdigest()
+    return digests
 
 
-def _read_tensors(directory: Path) -> dict[str, Tensor]:
-    """Every tensor that the folder holds, on the CPU, whatever engine wrote it."""
-    with _readable(directory):
-        metadata = FileSystemReader(directory).read_metadata()
-        tensors = {
-            name: torch.empty(entry.size, dtype=entry.properties.dtype)
-            for name, entry in metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata)
-        }
-        dcp_load(tensors, storage_reader=FileSystemReader(directory), no_dist=True)
-    return tensors
-
-
-@contextmanager
-def _readable(directory: Path) -> Iterator[None]:
-    try:
-        with _single_process():
-            yield
-    except CheckpointError:
-        raise
-    except CheckpointException as error:  # derives from BaseException
-        raise CheckpointError(f"{directory}: {error}") from error
-    except Exception as error:  # damaged files fail in as many ways as there are readers
-        raise CheckpointError(f"{directory}: {error}") from error
-
-
-@contextmanager
-def _single_process() -> Iterator[None]:
-    """Silence the reminder that no process group exists: that is meant."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is")
-        yield
+def _cannot_write(target: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"cannot write checkpoint {target}: {error}. Free disk space or make the folder writable"
+    )
 
 
 def _write_file(path: Path, data: bytes) -> None:

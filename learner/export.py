@@ -26,12 +26,15 @@ def export_checkpoint(checkpoint: Path, model: str, dtype: str, into: Path) -> N
 
     from learner.backends.export import export_hf
     from learner.backends.pretrained import load_causal_lm
+    from learner.backends.tensor_files import read_model
     from learner.backends.torch_state import model_tensors
-    from learner.checkpoint import read_meta, read_model
+    from learner.checkpoint import read_meta, tensors_in
 
     read_meta(checkpoint)
     loaded = load_causal_lm(model)
-    read_model(checkpoint, {name: one.detach() for name, one in model_tensors(loaded).items()})
+    read_model(
+        tensors_in(checkpoint), {name: one.detach() for name, one in model_tensors(loaded).items()}
+    )
     export_hf(loaded, into, dtype=getattr(torch, dtype), source=model)
 
 

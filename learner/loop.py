@@ -23,7 +23,7 @@ import structlog
 from learner.backends.base import Backend
 from learner.batcher import Batcher, BatchRequest
 from learner.catch_up import train_record, untrained_records
-from learner.checkpoint import CheckpointMeta, save_checkpoint
+from learner.checkpoint import CheckpointMeta, PendingCheckpoint
 from learner.device_turn import DeviceTurn
 from learner.devices import arithmetic
 from learner.journal import Journal
@@ -336,13 +336,14 @@ class LearnerLoop:
         self._log.info("checkpoint written", path=str(path), step=self.state.step)
 
     def _save(self, meta: CheckpointMeta) -> Path:
-        return save_checkpoint(
-            self.checkpoint_dir,
-            meta,
-            self._backend.state_dict(),
-            self.state.carry,
-            keep=self._config.learner.checkpoint_keep,
+        pending = PendingCheckpoint.begin(
+            self.checkpoint_dir, meta, self.state.carry, self._backend.begin_save
         )
+        try:
+            pending.seal()
+            return pending.publish(keep=self._config.learner.checkpoint_keep)
+        finally:
+            pending.discard()
 
     async def _report(self, done: TrainedStep) -> None:
         metrics = step_metrics(done, self._config.loss, self.state.policy_version)

@@ -1,20 +1,20 @@
 """What a train engine must do. One process here; ranks of a sharded engine fit the same calls.
 
 Every call is made by one thread at a time. With several ranks each rank makes the same calls with
-the same arguments (a batch is a pure function of the journal record); ``state_dict`` may then hold
-sharded tensors, and ``save_hf`` writes from rank 0.
+the same arguments (a batch is a pure function of the journal record); ``begin_save`` and ``load``
+then work on the ranks' shards, and ``save_hf`` writes from rank 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
 from learner.algorithms.metrics import TokenStats
 from learner.batch import TrainBatch
@@ -68,21 +68,26 @@ class Backend(Protocol):
         """
         ...
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """All state by flat name: ``model.*``, ``optim.*``, ``train.updates``, ``rng.*``.
+    def begin_save(self, directory: Path) -> Future[None]:
+        """Copy all state, then write the copy under ``directory`` in the background.
 
-        Tensors may alias live state: copy or write them before the next call.
+        The next batch may be trained as soon as this returns. One format for all engines, see
+        ``tensor_files``. The future ends when every rank's tensors are written and fsynced; it
+        raises ``CheckpointError``. A save that is still under way is waited for.
         """
         ...
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore what ``state_dict`` gave, bit for bit. Raises ``CheckpointError``."""
+    def load(self, directory: Path) -> None:
+        """Restore, bit for bit, what any engine saved under ``directory``.
+
+        Raises ``CheckpointError`` when it is damaged or of another model; nothing is changed then.
+        """
         ...
 
     def offload(self) -> None:
         """Leave the device: all state goes to main memory, caches are dropped, values stay.
 
-        ``state_dict``, ``load_state_dict`` and ``save_hf`` work there too.
+        ``begin_save``, ``load`` and ``save_hf`` work there too.
         """
         ...
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +25,14 @@ from learner.backends.heads import use_float32_head
 from learner.backends.pretrained import load_causal_lm
 from learner.backends.routers import freeze_routers
 from learner.backends.routing_replay import replayed_routing, require_routers
+from learner.backends.tensor_files import TensorSaver, read_tensors
 from learner.backends.token_scores import Positions, TokenScores
 from learner.backends.torch_state import export_state, import_state, move_state
 from learner.batch import TrainBatch
 from learner.devices import resolve_device
 from ringasync.config.schema import LearnerConfig, LossConfig
 from ringasync.errors import NonFiniteLogprobError, TrainingError
+from ringasync.runtime import crashpoints
 
 _HOST = torch.device("cpu")
 
@@ -89,6 +92,7 @@ class TorchBackend:
             weight_decay=settings.learner.weight_decay,
         )
         self._updates = 0
+        self._saver = TensorSaver()
         self._mismatch: MismatchWeights = make_mismatch(
             settings.loss.mismatch,
             mask_low=settings.loss.mask_low,
@@ -173,6 +177,7 @@ class TorchBackend:
         lr = warmup_lr(learner.lr, learner.warmup_steps, self._updates)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
+        crashpoints.reach("stepping", self._updates)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._updates += 1
@@ -256,11 +261,16 @@ class TorchBackend:
         return [ScoredSequence((int(row[0]),), tuple(row[1:].tolist())) for row in ids]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """See ``Backend.state_dict``."""
+        """All state by flat name (see ``tensor_files``). The tensors may alias live state."""
         return export_state(self._model, self._optimizer, self._updates, self._device)
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """See ``Backend.load_state_dict``."""
+    def begin_save(self, directory: Path) -> Future[None]:
+        """See ``Backend.begin_save``."""
+        return self._saver.begin(self.state_dict(), directory)
+
+    def load(self, directory: Path) -> None:
+        """See ``Backend.load``."""
+        state = read_tensors(directory)
         self._updates = import_state(self._model, self._optimizer, state, self._device)
 
     def offload(self) -> None:

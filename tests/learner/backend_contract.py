@@ -16,6 +16,7 @@ from learner.batch import BatchItem, TrainBatch
 from ringasync.config.schema import LearnerConfig, LossConfig
 from ringasync.errors import CheckpointError, NonFiniteLogprobError
 
+from .checkpoint_kit import restore, snapshot
 from .kit import batch_of, toy_batch, trajectory
 
 
@@ -32,11 +33,6 @@ def scored(batch: TrainBatch) -> list[ScoredSequence]:
         )
         for item in batch.items
     ]
-
-
-def snapshot(backend: Backend) -> dict[str, torch.Tensor]:
-    """A copy of the whole state."""
-    return {name: tensor.clone() for name, tensor in backend.state_dict().items()}
 
 
 def weights_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -171,7 +167,7 @@ class BackendContract:
         one.train_batch(toy_batch())
         middle = snapshot(one)
         other = self.make(learner_config(warmup_steps=3))
-        other.load_state_dict(middle)
+        restore(other, middle)
         for step in (1, 2):
             batch = toy_batch(step=step)
             assert one.train_batch(batch).loss == other.train_batch(batch).loss
@@ -194,7 +190,7 @@ class BackendContract:
         assert all(torch.equal(first[name].cpu(), second[name].cpu()) for name in first)
         third = self.make(learner_config(warmup_steps=3))
         third.offload()
-        third.load_state_dict(second)
+        restore(third, second)
         third.onload()
         batch = toy_batch(step=3)
         assert one.train_batch(batch).loss == third.train_batch(batch).loss
@@ -206,9 +202,9 @@ class BackendContract:
         name = next(one for one in before if one.startswith("model."))
         del missing[name]
         with pytest.raises(CheckpointError, match="another model"):
-            backend.load_state_dict(missing)
+            restore(backend, missing)
         with pytest.raises(CheckpointError, match="shape"):
-            backend.load_state_dict({**before, name: torch.zeros(3)})
+            restore(backend, {**before, name: torch.zeros(3)})
         assert weights_equal(before, snapshot(backend))
 
     def test_non_finite_logprob_names_the_rollout_and_steps_nothing(self) -> None:
@@ -217,7 +213,7 @@ class BackendContract:
         embedding = next(name for name in state if "embed_tokens" in name)
         poisoned = state[embedding].clone()
         poisoned[7] = math.nan
-        backend.load_state_dict({**state, embedding: poisoned})
+        restore(backend, {**state, embedding: poisoned})
         before = snapshot(backend)
         good = trajectory("good.0", 4)
         good = replace(good, token_ids=np.full(4, 3, np.int32), prompt_ids=np.array([1], np.int32))

@@ -17,7 +17,6 @@ import torch
 
 from learner.backends.torch_backend import TorchBackend, TorchSettings
 from learner.batch import BatchItem, TrainBatch
-from learner.checkpoint import Checkpoint, load_latest
 from learner.journal import Journal
 from ringasync.broker.client import Broker
 from ringasync.broker.types import AppendItem, Fence, Lease, NewGroup, Verdict
@@ -367,18 +366,6 @@ async def until(
 def config_path(feeder: Feeder) -> Path:
     """The file that ``write_config`` made for this run."""
     return feeder.config.run.dir.parent / f"{feeder.config.run.name}.toml"
-
-
-def newest_checkpoint(feeder: Feeder) -> Checkpoint:
-    """The run's newest checkpoint."""
-    found = load_latest(
-        feeder.config.run_dir / "checkpoints",
-        feeder.config.run.name,
-        accept=lambda _meta: True,
-        warn=print,
-    )
-    assert found is not None
-    return found
 
 
 async def check_ledger(feeder: Feeder, trained_tokens: int) -> None:

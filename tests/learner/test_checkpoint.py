@@ -9,16 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from learner.checkpoint import (
-    Checkpoint,
-    CheckpointMeta,
-    list_checkpoints,
-    load_latest,
-    save_checkpoint,
-)
+from learner.checkpoint import CheckpointMeta, list_checkpoints
 from learner.record import CarriedRollout
 from ringasync.errors import CheckpointError
 
+from .checkpoint_kit import Loaded, load_checkpoint, restore, save_checkpoint
 from .kit import tiny_backend, toy_batch
 from .test_journal import rollout
 
@@ -50,15 +45,8 @@ def save(directory: Path, step: int, *, life: int = 2, keep: int = 9) -> Path:
     return save_checkpoint(directory, meta, tensors(step), CARRY, keep=keep)
 
 
-def load(directory: Path, accept: object = None) -> tuple[Checkpoint | None, list[str]]:
-    warnings: list[str] = []
-    found = load_latest(
-        directory,
-        "run",
-        accept=accept if callable(accept) else lambda _meta: True,
-        warn=warnings.append,
-    )
-    return found, warnings
+def load(directory: Path, accept: object = None) -> tuple[Loaded | None, list[str]]:
+    return load_checkpoint(directory, "run", accept)
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -82,7 +70,7 @@ def test_a_backend_goes_on_exactly(tmp_path: Path) -> None:
     other = tiny_backend(seed=5)
     found, _ = load(tmp_path)
     assert found is not None
-    other.load_state_dict(found.tensors)
+    restore(other, found.tensors)
     first, second = one.train_batch(toy_batch(step=1)), other.train_batch(toy_batch(step=1))
     assert (first.loss, first.grad_norm) == (second.loss, second.grad_norm)
     state = other.state_dict()

@@ -12,7 +12,8 @@ from learner.backends.torch_backend import TorchBackend, TorchSettings
 from learner.starter import ensure_starter
 from ringasync.config.schema import Config, LearnerConfig, LossConfig, StarterConfig
 
-from .backend_contract import BackendContract, learner_config, scored, snapshot
+from .backend_contract import BackendContract, learner_config, scored
+from .checkpoint_kit import restore, snapshot
 from .kit import toy_batch
 from .moe_kit import tiny_moe
 from .test_starter_model import config_of
@@ -56,7 +57,7 @@ def test_a_checkpoint_of_cuda_goes_on_on_the_cpu() -> None:
     one.train_batch(toy_batch())
     state = {name: tensor.cpu() for name, tensor in snapshot(one).items()}
     other = backend_on("cpu")
-    other.load_state_dict(state)
+    restore(other, state)
     assert other.train_batch(toy_batch(step=1)).loss == pytest.approx(
         one.train_batch(toy_batch(step=1)).loss, rel=1e-3
     )
@@ -101,7 +102,7 @@ def test_an_offloaded_learner_leaves_next_to_nothing_on_the_device(tmp_path: Pat
     backend.offload()
     torch.cuda.empty_cache()
     assert torch.cuda.memory_allocated() < 1 << 20
-    stays.load_state_dict({n: t.cpu() for n, t in snapshot(backend).items()})
+    restore(stays, {n: t.cpu() for n, t in snapshot(backend).items()})
 
 
 @pytest.mark.timeout(600)

@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from learner.backends.torch_backend import TorchBackend, TorchSettings
-from learner.checkpoint import CheckpointMeta, list_checkpoints, read_meta, save_checkpoint
+from learner.checkpoint import CheckpointMeta, list_checkpoints, read_meta, tensors_in
 from learner.version_exports import VersionExports
 from ringasync.cli.main import app
 from ringasync.config.load import config_hash, load_config, resolved_json
@@ -25,6 +25,7 @@ from ringasync.weights.manifest import VersionFields, tensor_infos
 
 from ..conftest import RedisServer
 from .backend_contract import learner_config
+from .checkpoint_kit import save_checkpoint
 from .kit import Feeder, LearnerProcess, tiny_model, toy_batch, write_config
 from .moe_kit import tiny_moe
 
@@ -274,17 +275,19 @@ def test_an_export_that_fails_is_logged_and_ends_nothing(tmp_path: Path, model_d
 
 
 def test_a_tiny_model_is_not_touched_by_reading_another_checkpoint(tmp_path: Path) -> None:
+    from learner.backends.tensor_files import read_model
     from learner.backends.torch_state import model_tensors
-    from learner.checkpoint import read_model
 
     backend = TorchBackend(tiny_model(3), TorchSettings(learner_config(), LossConfig()))
     checkpoint = save(tmp_path, backend, 1)
     other = tiny_model(4)
-    read_model(checkpoint, {n: t.detach() for n, t in model_tensors(other).items()})
+    read_model(tensors_in(checkpoint), {n: t.detach() for n, t in model_tensors(other).items()})
     for name, tensor in model_tensors(other).items():
         assert torch.equal(tensor, model_tensors(backend.model)[name])
     untied = tiny_model(4, tied=False)
     before = {n: t.detach().clone() for n, t in model_tensors(untied).items()}
     with pytest.raises(CheckpointError, match=r"another model: tensors \['model.lm_head"):
-        read_model(checkpoint, {n: t.detach() for n, t in model_tensors(untied).items()})
+        read_model(
+            tensors_in(checkpoint), {n: t.detach() for n, t in model_tensors(untied).items()}
+        )
     assert all(torch.equal(before[n], t) for n, t in model_tensors(untied).items())

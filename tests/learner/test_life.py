@@ -13,12 +13,12 @@ from typing import Any
 from ringasync.records.states import Phase
 
 from ..conftest import RedisServer
+from .checkpoint_kit import newest_checkpoint
 from .kit import (
     Feeder,
     LearnerProcess,
     check_ledger,
     config_path,
-    newest_checkpoint,
     until,
     write_config,
 )

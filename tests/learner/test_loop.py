@@ -17,7 +17,8 @@ from ringasync.broker.types import NewGroup, VersionInfo
 from ringasync.weights.manifest import load_manifest
 
 from ..conftest import RedisServer
-from .kit import Feeder, LearnerProcess, check_ledger, config_path, newest_checkpoint, write_config
+from .checkpoint_kit import newest_checkpoint
+from .kit import Feeder, LearnerProcess, check_ledger, config_path, write_config
 
 STEPS = 5
 GROUPS = 14  # 14 x 4 rollouts of about 15 tokens: more than five budgets of 120

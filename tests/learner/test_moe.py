@@ -25,6 +25,7 @@ from ringasync.errors import ConfigError
 from ringasync.weights.manifest import tensor_infos
 
 from .backend_contract import BackendContract, learner_config, scored, weights_equal
+from .checkpoint_kit import restore
 from .kit import VOCAB, tiny_model, toy_batch
 from .moe_kit import tiny_moe
 
@@ -145,7 +146,7 @@ def test_a_frozen_router_is_not_trained_but_saved_and_published(tmp_path: Path) 
     backend.save_hf(tmp_path)
     assert "model.layers.0.mlp.gate.weight" in load_file(tmp_path / "model.safetensors")
     other = backend_of(tiny_moe(seed=7), learner=learner)
-    other.load_state_dict({name: tensor.clone() for name, tensor in after.items()})
+    restore(other, {name: tensor.clone() for name, tensor in after.items()})
     assert weights_equal(dict(after), other.state_dict())
     assert other.train_batch(toy_batch(step=1)).loss == backend.train_batch(toy_batch(step=1)).loss
 

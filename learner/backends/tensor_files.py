@@ -1,0 +1,154 @@
+"""Full tensors under flat names as a ``torch.distributed.checkpoint`` folder: what every train
+engine writes and reads, whatever its ranks and its sharding.
+
+Names: ``model.X``, ``optim.X.{step,exp_avg,exp_avg_sq}``, ``train.updates``, ``rng.*``. Where
+ranks hold shards of a tensor (``DTensor``), they write those, and any other ranks read it whole.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+
+from ringasync.durable import sync_path
+from ringasync.errors import CheckpointError
+from ringasync.runtime import crashpoints
+
+
+class TensorSaver:
+    """Copies state to main memory and writes the copy in a thread of its own.
+
+    The copy's memory is kept for the next one, pinned where the state lies on a CUDA device: a copy
+    there then runs at the speed of the bus. It takes as much main memory as the state is large.
+    """
+
+    def __init__(self, process_group: ProcessGroup | None = None) -> None:
+        """``process_group`` (able to work on CPU tensors) holds the ranks that write together; it
+        must be used for nothing else, for the thread's collectives run beside the training's."""
+        self._process_group = process_group
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._buffers: dict[str, Tensor] = {}
+        self._writing: Future[None] | None = None
+
+    def begin(self, state: Mapping[str, Tensor], directory: Path) -> Future[None]:
+        """Copy ``state``, begin to write the copy under ``directory``, and return.
+
+        Waits for a write that is still under way, since both use the same memory. The future ends
+        when everything is fsynced, on all ranks; it raises ``CheckpointError``.
+        """
+        if self._writing is not None:
+            wait([self._writing])
+        staged = self._stage(state)
+        self._writing = self._executor.submit(
+            write_tensors, staged, directory, process_group=self._process_group
+        )
+        return self._writing
+
+    def _stage(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        for name in self._buffers.keys() - state.keys():
+            del self._buffers[name]
+        cuda = False
+        for name, tensor in state.items():
+            cuda |= tensor.is_cuda
+            buffer = self._buffers.get(name)
+            if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
+                buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                self._buffers[name] = buffer
+            buffer.copy_(tensor, non_blocking=True)
+        if cuda:
+            torch.cuda.synchronize()
+        return dict(self._buffers)
+
+
+class _Writer(FileSystemWriter):
+    def finish(self, metadata: Metadata, results: Any) -> None:
+        crashpoints.reach("checkpoint_half_written")
+        super().finish(metadata, results)
+
+
+def write_tensors(
+    tensors: Mapping[str, Tensor], directory: Path, *, process_group: ProcessGroup | None = None
+) -> None:
+    """Write ``tensors`` under ``directory``, durably. With a group all its ranks must call it.
+
+    Raises ``CheckpointError``; the folder is then of no use.
+    """
+    try:
+        with _without_reminder():
+            dcp_save(
+                dict(tensors),
+                storage_writer=_Writer(directory),
+                process_group=process_group,
+                no_dist=process_group is None,
+            )
+        sync_path(directory)
+    except (CheckpointException, OSError, RuntimeError) as error:  # the first: a BaseException
+        raise CheckpointError(f"tensors cannot be written to {directory}: {error}") from error
+
+
+def read_tensors(directory: Path) -> dict[str, Tensor]:
+    """Every tensor of the folder in full, on the CPU. Raises ``CheckpointError``."""
+    with _readable(directory):
+        metadata = FileSystemReader(directory).read_metadata()
+        tensors = {
+            name: torch.empty(entry.size, dtype=entry.properties.dtype)
+            for name, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+        dcp_load(tensors, storage_reader=FileSystemReader(directory), no_dist=True)
+    return tensors
+
+
+def read_model(directory: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Fill a model's ``tensors`` (by name, on the CPU) from the folder, in place, and read nothing
+    else of it.
+
+    Raises ``CheckpointError`` when it is damaged or of another model.
+    """
+    wanted = {f"model.{name}": tensor for name, tensor in tensors.items()}
+    with _readable(directory):
+        reader = FileSystemReader(directory)
+        saved = {
+            name: tuple(entry.size)
+            for name, entry in reader.read_metadata().state_dict_metadata.items()
+            if name.startswith("model.") and isinstance(entry, TensorStorageMetadata)
+        }
+        shapes = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
+        if saved != shapes:
+            odd = sorted(dict(saved.items() ^ shapes.items()))[:3]
+            raise CheckpointError(f"it is of another model: tensors {odd} do not match")
+        dcp_load(wanted, storage_reader=reader, no_dist=True)
+
+
+@contextmanager
+def _readable(directory: Path) -> Iterator[None]:
+    try:
+        with _without_reminder():
+            yield
+    except CheckpointError:
+        raise
+    except CheckpointException as error:  # derives from BaseException
+        raise CheckpointError(f"{directory}: {error}") from error
+    except Exception as error:  # damaged files fail in as many ways as there are readers
+        raise CheckpointError(f"{directory}: {error}") from error
+
+
+@contextmanager
+def _without_reminder() -> Iterator[None]:
+    """Silence the reminder that no process group exists: that is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is")
+        yield
