@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from pathlib import Path
 
 import structlog
 
 from learner.backends.base import Backend
 from learner.batcher import Batcher, BatchRequest
 from learner.catch_up import train_record, untrained_records
-from learner.checkpoint import CheckpointMeta, PendingCheckpoint
+from learner.checkpoint import CheckpointMeta
+from learner.checkpointer import Checkpointer
 from learner.device_turn import DeviceTurn
 from learner.devices import arithmetic
 from learner.journal import Journal
@@ -79,19 +79,26 @@ class LearnerLoop:
         self._shutdown = shutdown
         self._batcher = Batcher(broker, fence, config)
         self._device = DeviceTurn(broker, fence, keeper, backend, thread, config)
+        self._checkpointer = Checkpointer(
+            broker, fence, backend, thread, config, state.checkpoint_step
+        )
         self._stall = StallWatch(broker, config.learner.stall_report_s)
         self._arithmetic = arithmetic(config.learner)
         self._incarnation = keeper.poll.incarnation
         self._complete = False
         self._log = structlog.get_logger(__name__)
 
-    @property
-    def checkpoint_dir(self) -> Path:
-        """Where checkpoints lie."""
-        return self._config.run_dir / "checkpoints"
-
     async def run(self) -> None:
-        """Catch up with the journal, then train to the end or to a shutdown; checkpoint at both."""
+        """Catch up with the journal, then train to the end or to a shutdown; checkpoint at both.
+
+        Raises ``CheckpointError`` when everything is trained but that last one cannot be written.
+        """
+        try:
+            await self._run()
+        finally:
+            await self._checkpointer.close()
+
+    async def _run(self) -> None:
         await self._catch_up()
         await self._publish_if_new(StepTimes())
         await self._device.give_back()
@@ -103,7 +110,7 @@ class LearnerLoop:
             going = await (self._pipelined_step() if pipelined else self._rounds_step())
         await self._device.give_back()
         self._status("saving")
-        await self._checkpoint_if_new(StepTimes())
+        await self._checkpointer.finish(self._meta(), self.state.carry)
         done = self._complete or self.state.step >= self._config.learner.steps
         self._status("done" if done else "stopped")
         await self._keeper.beat()
@@ -222,7 +229,7 @@ class LearnerLoop:
         await self._publish_if_new(times)
         times.handover_s += await self._device.give_back()
         if self.state.step % self._config.learner.checkpoint_every_steps == 0:
-            await self._checkpoint_if_new(times)
+            times.checkpoint_s += await self._checkpointer.begin(self._meta(), self.state.carry)
         await self._report(done)
         self._stall.progress()
 
@@ -323,31 +330,14 @@ class LearnerLoop:
         entries = self._journal.entries
         return bool(entries) and entries[-1].offset >= self.state.journal_offset
 
-    async def _checkpoint_if_new(self, times: StepTimes) -> None:
-        if self.state.checkpoint_step == self.state.step:
-            return
-        began = time.monotonic()
-        meta = self.state.meta(self._config.run.name, self._fence.token, self._journal.life)
-        await self._broker.renew_lock(self._fence, self._config.learner.lock_ttl_ms)
-        path = await self._thread.run(self._save, meta)
-        crashpoints.reach("checkpointed", self.state.step)
-        self.state.checkpoint_step = self.state.step
-        times.checkpoint_s += time.monotonic() - began
-        self._log.info("checkpoint written", path=str(path), step=self.state.step)
-
-    def _save(self, meta: CheckpointMeta) -> Path:
-        pending = PendingCheckpoint.begin(
-            self.checkpoint_dir, meta, self.state.carry, self._backend.begin_save
-        )
-        try:
-            pending.seal()
-            return pending.publish(keep=self._config.learner.checkpoint_keep)
-        finally:
-            pending.discard()
+    def _meta(self) -> CheckpointMeta:
+        return self.state.meta(self._config.run.name, self._fence.token, self._journal.life)
 
     async def _report(self, done: TrainedStep) -> None:
         metrics = step_metrics(done, self._config.loss, self.state.policy_version)
         metrics["arithmetic"] = self._arithmetic
+        metrics["checkpoint_step"] = self._checkpointer.written_step
+        metrics["checkpoints_failed"] = self._checkpointer.failures
         await self._broker.push_metrics("learner", metrics)
         gap = metrics.get("gap_mean")
         if gap is not None and gap > _GAP_ALARM_NATS:

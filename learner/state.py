@@ -17,6 +17,7 @@ class LearnerState:
     ``step`` batches are in the weights, up to ``journal_offset``. ``fork_step`` is the step up to
     which this life shares the history of earlier ones: everything journalled before it began.
     ``published_step`` is the step of the newest announced weights, -1 if none of this line.
+    ``checkpoint_step`` is the step of the checkpoint that this life began from, -1 if none.
     """
 
     step: int = 0

@@ -215,6 +215,9 @@ class LearnerConfig(Section):
     ``CUDA_VISIBLE_DEVICES`` of the process does it too: devices are counted among the visible."""
     threads: int = Field(1, ge=1)
     checkpoint_every_steps: int = Field(20, ge=1)
+    checkpoint_async: bool = True
+    """Write checkpoints while the next steps are trained: training stops only until the state is
+    copied in main memory. That takes as much of it as model and optimizer state are large."""
     checkpoint_keep: int = Field(2, ge=1)
     export_every_versions: int = Field(0, ge=0)
     """Every version whose number is a multiple of this stays as an HF-format folder in

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -74,8 +75,11 @@ CRASHES = (
     "reserved:1",
     "journalled:1",
     "committed:2",
+    "stepping:2",
     "stepped:1",
     "marked:4",
+    "checkpoint_staged:3",
+    "checkpoint_half_written",
     "checkpointing:3",
     "checkpointed:3",
     "publishing:2",
@@ -83,24 +87,32 @@ CRASHES = (
 )
 
 
+@dataclass
+class Reference:
+    """What the uninterrupted run came to."""
+
+    state: dict[str, torch.Tensor] = field(default_factory=dict)
+    losses: dict[int, float] = field(default_factory=dict)
+
+
 @pytest.fixture(scope="module")
-def reference() -> dict[str, torch.Tensor]:
-    """Filled by the first test of the module: final state of the uninterrupted run."""
-    return {}
+def reference() -> Reference:
+    """Filled by the first test of the module."""
+    return Reference()
 
 
-async def reference_state(
-    reference: dict[str, torch.Tensor], url: str, tmp_path: Path, model_dir: Path
-) -> dict[str, torch.Tensor]:
-    if not reference:
+async def run_uninterrupted(
+    reference: Reference, url: str, tmp_path: Path, model_dir: Path
+) -> None:
+    if not reference.state:
         path = write_config(tmp_path, f"ref-{tmp_path.name}"[:60], model_dir)
         feeder = await Feeder.make(url, path)
         await feeder.feed(GROUPS)
         learner = LearnerProcess.start(path, url)
         assert await learner.wait() == 0, learner.log()
-        reference.update(newest_checkpoint(feeder).tensors)
+        reference.state = newest_checkpoint(feeder).tensors
+        reference.losses = {row["step"]: row["loss"] for row in await feeder.metrics()}
         await feeder.close()
-    return reference
 
 
 @pytest.mark.parametrize("crash_at", CRASHES)
@@ -110,9 +122,9 @@ async def test_killed_learner_goes_on_exactly(
     tmp_path: Path,
     any_redis: RedisServer,
     model_dir: Path,
-    reference: dict[str, torch.Tensor],
+    reference: Reference,
 ) -> None:
-    expected = await reference_state(reference, any_redis.url, tmp_path, model_dir)
+    await run_uninterrupted(reference, any_redis.url, tmp_path, model_dir)
     await feeder.feed(GROUPS)
     path = config_path(feeder)
     killed = LearnerProcess.start(path, any_redis.url, crash_at=crash_at)
@@ -122,6 +134,11 @@ async def test_killed_learner_goes_on_exactly(
     assert await successor.wait() == 0, successor.log()
     await check_ledger(feeder, STEPS * 120)
     final = newest_checkpoint(feeder).tensors
-    assert final.keys() == expected.keys()
+    assert final.keys() == reference.state.keys()
     for name, tensor in final.items():
-        assert torch.equal(tensor, expected[name]), name
+        assert torch.equal(tensor, reference.state[name]), name
+    rows = await feeder.metrics()
+    assert rows[-1]["step"] == STEPS
+    for row in rows:  # also those that were trained twice, before and after the kill
+        assert row["loss"] == reference.losses[row["step"]], row["step"]
+    assert not list((feeder.config.run_dir / "checkpoints").glob(".tmp-*"))
