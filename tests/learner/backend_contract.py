@@ -175,6 +175,46 @@ class BackendContract:
         assert first.keys() == second.keys()
         assert all(torch.equal(first[name], second[name]) for name in first)
 
+    def test_a_save_is_of_its_moment_and_the_next_batch_need_not_wait(self, tmp_path: Path) -> None:
+        one, other = self.make(), self.make()
+        one.train_batch(toy_batch())
+        before = snapshot(one)
+        saving = one.begin_save(tmp_path / "first")
+        after = one.train_batch(toy_batch(step=1))
+        second = one.begin_save(tmp_path / "second")  # waits for the first: its memory is used
+        assert saving.done()
+        second.result()
+        other.load(tmp_path / "first")
+        found = snapshot(other)
+        assert found.keys() == before.keys()
+        assert all(torch.equal(found[name], before[name]) for name in before)
+        assert other.train_batch(toy_batch(step=1)).loss == after.loss
+        other.load(tmp_path / "second")
+        assert weights_equal(snapshot(other), snapshot(one))
+
+    def test_a_damaged_folder_changes_nothing(self, tmp_path: Path) -> None:
+        backend = self.make()
+        backend.train_batch(toy_batch())
+        backend.begin_save(tmp_path).result()
+        backend.train_batch(toy_batch(step=1))
+        before = snapshot(backend)
+        data = max(tmp_path.glob("*.distcp"), key=lambda path: path.stat().st_size)
+        data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+        with pytest.raises(CheckpointError, match=tmp_path.name):
+            backend.load(tmp_path)
+        with pytest.raises(CheckpointError):
+            backend.load(tmp_path / "absent")
+        after = snapshot(backend)
+        assert all(torch.equal(before[name], after[name]) for name in before)
+
+    def test_a_save_that_cannot_be_written_says_so(self, tmp_path: Path) -> None:
+        backend = self.make()
+        (tmp_path / "file").touch()
+        with pytest.raises(CheckpointError, match="cannot be written"):
+            backend.begin_save(tmp_path / "file" / "tensors").result()
+        backend.begin_save(tmp_path / "good").result()
+        backend.load(tmp_path / "good")
+
     def test_leaving_the_device_changes_no_bit(self) -> None:
         one, other = (self.make(learner_config(warmup_steps=3)) for _ in range(2))
         other.offload()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 from dataclasses import replace
 from pathlib import Path
@@ -9,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from learner.checkpoint import CheckpointMeta, list_checkpoints
+from learner.checkpoint import CheckpointMeta, list_checkpoints, load_latest, tensors_in
 from learner.record import CarriedRollout
+from ringasync import SCHEMA_VERSION
 from ringasync.errors import CheckpointError
 
-from .checkpoint_kit import Loaded, load_checkpoint, restore, save_checkpoint
+from .checkpoint_kit import Loaded, load_checkpoint, restore, save_checkpoint, snapshot
 from .kit import tiny_backend, toy_batch
 from .test_journal import rollout
 
@@ -120,6 +122,62 @@ def test_falls_back_to_the_one_before(tmp_path: Path, victim: str, damage: str) 
     assert found is not None
     assert found.meta.step == 10
     assert "step00000020" in warnings[0]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "a flipped bit", "a foreign file"])
+def test_damaged_tensors_are_seen_and_the_one_before_is_taken(tmp_path: Path, damage: str) -> None:
+    save(tmp_path, 10)
+    path = save(tmp_path, 20)
+    (data,) = tensors_in(path).glob("*.distcp")
+    content = bytearray(data.read_bytes())
+    if damage == "truncated":
+        data.write_bytes(content[: len(content) // 2])
+    elif damage == "a flipped bit":
+        place = content.index(tensors(20)["model.w"].numpy().tobytes())
+        content[place] ^= 1  # torch would load it as another weight
+        data.write_bytes(content)
+    else:
+        (tensors_in(path) / "__1_0.distcp").touch()
+    found, warnings = load(tmp_path)
+    assert found is not None
+    assert found.meta.step == 10
+    assert "damaged or foreign" in warnings[0]
+
+
+def test_a_half_written_folder_is_no_checkpoint(tmp_path: Path) -> None:
+    save(tmp_path, 10)
+    whole = save(tmp_path, 20)
+    whole.rename(tmp_path / f".tmp-{whole.name}-abc")
+    found, warnings = load(tmp_path)
+    assert found is not None
+    assert (found.meta.step, warnings) == (10, [])
+
+
+def test_another_models_and_another_schemas_checkpoint_change_nothing(tmp_path: Path) -> None:
+    backend = tiny_backend()
+    one = save(tmp_path, 10)  # its tensors are of no Qwen3
+    other = save(tmp_path, 20)
+    meta = other / "meta.json"
+    meta.write_text(meta.read_text().replace(f'"schema": {SCHEMA_VERSION}', '"schema": 99'))
+    before = snapshot(backend)
+    warnings: list[str] = []
+    with pytest.raises(CheckpointError, match=r"another schema.*of another model"):
+        load_latest(
+            tmp_path, "run", accept=lambda _: True, warn=warnings.append, restore=backend.load
+        )
+    assert [one.name in text for text in warnings] == [False, True]
+    after = snapshot(backend)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_checkpoints_without_checksums_of_tensors_still_load(tmp_path: Path) -> None:
+    path = save(tmp_path, 10)
+    fields = json.loads((path / "meta.json").read_text())
+    del fields["tensors_xxh3"]  # as 0.1 wrote them
+    (path / "meta.json").write_text(json.dumps(fields))
+    found, warnings = load(tmp_path)
+    assert found is not None
+    assert (found.meta.step, warnings) == (10, [])
 
 
 def test_missing_tensor_file_is_seen(tmp_path: Path) -> None:
