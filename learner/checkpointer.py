@@ -14,6 +14,7 @@ unblocked by   the disk
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 
 import structlog
@@ -25,7 +26,7 @@ from learner.worker_thread import TorchThread
 from ringasync.broker.client import Broker
 from ringasync.broker.types import Fence
 from ringasync.config.schema import Config
-from ringasync.errors import CheckpointError
+from ringasync.errors import CheckpointError, FencedError
 from ringasync.runtime import crashpoints
 
 
@@ -95,9 +96,9 @@ class Checkpointer:
 
     async def settle(self) -> None:
         """Wait for the checkpoint under way, if there is one. Raises ``FencedError``."""
-        writing, self._writing, self._writing_step = self._writing, None, -1
-        if writing is not None:
-            await writing
+        if self._writing is not None:
+            await asyncio.wait({self._writing})  # whose own end may not cancel the write
+            self._reap()
 
     async def finish(self, meta: CheckpointMeta, carry: tuple[CarriedRollout, ...]) -> None:
         """The checkpoint of the learner's end: as ``begin``, waited for.
@@ -116,11 +117,13 @@ class Checkpointer:
             )
 
     async def close(self) -> None:
-        """Drop what is under way: for an end by an error, when nobody waits for it any more."""
-        writing, self._writing, self._writing_step = self._writing, None, -1
-        if writing is not None:
-            writing.cancel()
-            await asyncio.wait({writing})
+        """Let what is under way come to its end, also when the learner ends by an error.
+
+        It is of a moment before that error, so it is as good as any. After the loss of the lock it
+        ends without a name, and the learner knows already.
+        """
+        with contextlib.suppress(FencedError):
+            await self.settle()
 
     def _reap(self) -> None:
         """Let go of a write that has ended, and raise what it raised."""

@@ -32,7 +32,8 @@ class TensorSaver:
     """Copies state to main memory and writes the copy in a thread of its own.
 
     The copy's memory is kept for the next one, pinned where the state lies on a CUDA device: a copy
-    there then runs at the speed of the bus. It takes as much main memory as the state is large.
+    there then runs at the speed of the bus. It takes as much main memory as the state is large,
+    pinned somewhat more: torch rounds each pinned tensor up to a power of two.
     """
 
     def __init__(self, process_group: ProcessGroup | None = None) -> None:
@@ -47,11 +48,16 @@ class TensorSaver:
         """Copy ``state``, begin to write the copy under ``directory``, and return.
 
         Waits for a write that is still under way, since both use the same memory. The future ends
-        when everything is fsynced, on all ranks; it raises ``CheckpointError``.
+        when everything is fsynced, on all ranks; it raises ``CheckpointError``, as this does when
+        main memory does not suffice.
         """
         if self._writing is not None:
             wait([self._writing])
-        staged = self._stage(state)
+        try:
+            staged = self._stage(state)
+        except (MemoryError, RuntimeError) as error:
+            self._buffers.clear()
+            raise CheckpointError(f"the state cannot be copied to main memory: {error}") from error
         self._writing = self._executor.submit(
             write_tensors, staged, directory, process_group=self._process_group
         )
@@ -60,16 +66,15 @@ class TensorSaver:
     def _stage(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for name in self._buffers.keys() - state.keys():
             del self._buffers[name]
-        cuda = False
+        devices = {tensor.device for tensor in state.values() if tensor.is_cuda}
         for name, tensor in state.items():
-            cuda |= tensor.is_cuda
             buffer = self._buffers.get(name)
             if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
                 buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
                 self._buffers[name] = buffer
             buffer.copy_(tensor, non_blocking=True)
-        if cuda:
-            torch.cuda.synchronize()
+        for device in devices:
+            torch.cuda.synchronize(device)
         return dict(self._buffers)
 
 
@@ -96,7 +101,10 @@ def write_tensors(
             )
         sync_path(directory)
     except (CheckpointException, OSError, RuntimeError) as error:  # the first: a BaseException
-        raise CheckpointError(f"tensors cannot be written to {directory}: {error}") from error
+        raise CheckpointError(
+            f"tensors cannot be written to {directory}: {_reason(error)}. Free disk space or make "
+            "the folder writable"
+        ) from error
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:
@@ -141,9 +149,16 @@ def _readable(directory: Path) -> Iterator[None]:
     except CheckpointError:
         raise
     except CheckpointException as error:  # derives from BaseException
-        raise CheckpointError(f"{directory}: {error}") from error
+        raise CheckpointError(f"{directory}: {_reason(error)}") from error
     except Exception as error:  # damaged files fail in as many ways as there are readers
         raise CheckpointError(f"{directory}: {error}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """One line; torch's own text has a traceback for each rank."""
+    if not isinstance(error, CheckpointException):
+        return str(error)
+    return "; ".join(f"rank {rank}: {one}" for rank, (one, _) in error.failures.items())
 
 
 @contextmanager
