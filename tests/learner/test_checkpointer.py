@@ -195,6 +195,7 @@ async def test_an_end_by_an_error_waits_for_the_write(
         await saving.begin(1)
         waiting = asyncio.create_task(saving.saver.settle())
         await asyncio.sleep(0)
+        await asyncio.sleep(0)  # it begins to wait
         waiting.cancel()  # as the loop is when its keeper fails
         closing = asyncio.create_task(saving.saver.close())
         gate.set()
