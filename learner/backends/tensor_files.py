@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from torch.distributed.tensor import DTensor
 
 from ringasync.durable import sync_path
 from ringasync.errors import CheckpointError
@@ -63,19 +64,42 @@ class TensorSaver:
         )
         return self._writing
 
+    @torch.no_grad()
     def _stage(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for name in self._buffers.keys() - state.keys():
             del self._buffers[name]
         devices = {tensor.device for tensor in state.values() if tensor.is_cuda}
         for name, tensor in state.items():
             buffer = self._buffers.get(name)
-            if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
-                buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-                self._buffers[name] = buffer
-            buffer.copy_(tensor, non_blocking=True)
+            if buffer is None or not _fits(buffer, tensor):
+                buffer = self._buffers[name] = _host_memory(tensor)
+            _own(buffer).copy_(_own(tensor), non_blocking=True)
         for device in devices:
             torch.cuda.synchronize(device)
         return dict(self._buffers)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """What this rank holds of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _fits(buffer: Tensor, tensor: Tensor) -> bool:
+    return (
+        (buffer.shape, buffer.dtype) == (tensor.shape, tensor.dtype)
+        and isinstance(buffer, DTensor) == isinstance(tensor, DTensor)
+        and _own(buffer).shape == _own(tensor).shape
+    )
+
+
+def _host_memory(tensor: Tensor) -> Tensor:
+    """Main memory for this rank's part, placed among the ranks as ``tensor`` is."""
+    own = _own(tensor)
+    memory = torch.empty(own.shape, dtype=own.dtype, pin_memory=own.is_cuda and own.numel() > 0)
+    if not isinstance(tensor, DTensor):
+        return memory
+    # As torch's own stager does: from_local would move the memory to the mesh's device.
+    return DTensor(memory, tensor._spec, requires_grad=False)  # type: ignore[no-untyped-call]
 
 
 class _Writer(FileSystemWriter):
