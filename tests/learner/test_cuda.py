@@ -63,6 +63,17 @@ def test_a_checkpoint_of_cuda_goes_on_on_the_cpu() -> None:
     )
 
 
+def test_a_save_is_staged_in_pinned_memory_that_the_next_one_uses(tmp_path: Path) -> None:
+    backend = backend_on("cuda")
+    backend.train_batch(toy_batch())
+    backend.begin_save(tmp_path / "first").result()
+    held = dict(backend._saver._buffers)
+    on_device = {name for name, tensor in backend.state_dict().items() if tensor.is_cuda}
+    assert {name for name, tensor in held.items() if tensor.is_pinned()} == on_device
+    backend.begin_save(tmp_path / "second").result()
+    assert all(backend._saver._buffers[name] is tensor for name, tensor in held.items())
+
+
 @pytest.mark.parametrize("head_dtype", ["model", "float32"])
 def test_bfloat16_on_cuda_is_near_float32(head_dtype: str, tmp_path: Path) -> None:
     low = backend_on("cuda", dtype=torch.bfloat16, head_dtype=head_dtype)
