@@ -44,3 +44,14 @@ def arithmetic(settings: LearnerConfig) -> str:
         return f"cuda {torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     instructions = torch.backends.cpu.get_cpu_capability()
     return f"cpu {instructions}, threads {settings.threads}, torch {torch.__version__}"
+
+
+def release_cuda_caches() -> None:
+    """Give back what torch keeps on CUDA devices for later: free blocks, cuBLAS workspaces.
+
+    On an H100 the workspaces are 64 MiB; torch makes them again at the next matrix product.
+    """
+    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)  # there is no public name
+    if clear is not None:
+        clear()
+    torch.cuda.empty_cache()

@@ -29,7 +29,7 @@ from learner.backends.tensor_files import TensorSaver, read_tensors
 from learner.backends.token_scores import Positions, TokenScores
 from learner.backends.torch_state import export_state, import_state, move_state
 from learner.batch import TrainBatch
-from learner.devices import resolve_device
+from learner.devices import release_cuda_caches, resolve_device
 from ringasync.config.schema import LearnerConfig, LossConfig
 from ringasync.errors import NonFiniteLogprobError, TrainingError
 from ringasync.runtime import crashpoints
@@ -278,7 +278,7 @@ class TorchBackend:
         self._optimizer.zero_grad(set_to_none=True)
         move_state(self._model, self._optimizer, _HOST)
         if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+            release_cuda_caches()
 
     def onload(self) -> None:
         """See ``Backend.onload``."""
