@@ -21,7 +21,7 @@ from benchmarks.machine import machine, version
 from ringasync.broker.types import NewGroup
 from workers.engines.base import SamplingParams
 from workers.engines.vllm import compat
-from workers.engines.vllm.engine import VllmEngine
+from workers.engines.vllm.engine import Kv, VllmEngine
 from workers.engines.vllm.options import VllmOptions
 
 PLAIN_SAMPLING = SamplingParams(temperature=1.0, eos_token_ids=())
@@ -202,7 +202,7 @@ class EngineSettings:
     gather_ms: int = 20
     load: str = "auto"
     staging: str = "auto"
-    keep_kv: bool = False
+    kv: Kv = "recompute"
     probe_places: bool = False
     """Room in the batch for a probe beside all rollouts. Without it the batch has exactly
     ``concurrent`` places, so that arms that queue more run no more at once than a worker does."""
@@ -225,7 +225,7 @@ class EngineSettings:
             max_model_len_tokens=self.window_tokens,
             seed=0,
             dtype=dtype(),
-            keep_kv=self.keep_kv,
+            kv=self.kv,
             options=options,
         )
 

@@ -164,7 +164,9 @@ def main(
     rollouts: Annotated[int, typer.Option(min=1)] = Settings.rollouts,
     swaps: Annotated[int, typer.Option(min=1)] = Settings.swaps,
     load: Annotated[list[str] | None, typer.Option(help="layerwise, direct; repeatable.")] = None,
-    kv: Annotated[list[str] | None, typer.Option(help="recompute, keep; repeatable.")] = None,
+    kv: Annotated[
+        list[str] | None, typer.Option(help="recompute, keep, rolling; repeatable.")
+    ] = None,
     staging: Annotated[list[str] | None, typer.Option(help="device, host; repeatable.")] = None,
     transport: Annotated[str, typer.Option(help="file, redis or nccl.")] = Settings.transport,
     change: Annotated[float, typer.Option(help="Between the two sets.")] = Settings.change,

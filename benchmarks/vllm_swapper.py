@@ -99,7 +99,7 @@ class Swapper:
             settings.gather_ms,
             mode.load,
             mode.staging,
-            mode.kv == "keep",
+            mode.kv,  # type: ignore[arg-type]
             probe_places=True,
             engine_args=settings.engine_args,
         ).make()

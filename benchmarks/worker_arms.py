@@ -108,6 +108,11 @@ class Meter:
         """See ``Engine.checks_weights``."""
         return self._engine.checks_weights
 
+    @property
+    def renews_kv(self) -> bool:
+        """See ``Engine.renews_kv``."""
+        return self._engine.renews_kv
+
     async def sleep(self) -> None:
         """See ``Engine.sleep``."""
         await self._engine.sleep()

@@ -13,6 +13,7 @@ from ringasync.errors import EngineError
 from ringasync.observability.log import get_logger
 from ringasync.records.weights import WeightManifest
 from workers.engines.base import Engine, GenerationRequest, ScoreRequest, TokenChunk
+from workers.kv_renewal import KvRenewal
 
 OnTokens = Callable[[Sequence[TokenChunk]], None]
 MakeEngine = Callable[[Path], Engine]
@@ -20,6 +21,10 @@ MakeEngine = Callable[[Path], Engine]
 
 DEVICE = "the learner has the device"
 """Reason to hold the engine while a shared device is the learner's."""
+
+WAVE_TOKENS = 4096
+"""Context that is computed anew beside one step of generation, see ``kv_renewal``: the more, the
+sooner all is renewed and the longer everybody waits for a token meanwhile."""
 
 log = get_logger()
 
@@ -32,7 +37,13 @@ class EngineControl:
     when the engine died; ``changed`` is set then too.
     """
 
-    def __init__(self, make: MakeEngine, on_tokens: OnTokens, changed: asyncio.Event) -> None:
+    def __init__(
+        self,
+        make: MakeEngine,
+        on_tokens: OnTokens,
+        changed: asyncio.Event,
+        wave_tokens: int = WAVE_TOKENS,
+    ) -> None:
         self._make = make
         self._on_tokens = on_tokens
         self._changed = changed
@@ -41,6 +52,11 @@ class EngineControl:
         self._engine: Engine | None = None
         self._asleep = False
         self._pump_task: asyncio.Task[None] | None = None
+        self._wave_tokens = wave_tokens
+        self._renewal = KvRenewal()
+        self._renew_task: asyncio.Task[None] | None = None
+        self._steps = asyncio.Event()
+        self._steps.set()
         self.failed: EngineError | None = None
 
     @property
@@ -73,10 +89,12 @@ class EngineControl:
     async def stop(self) -> None:
         """End the engine, dead or alive; ``failed`` told of this one and is cleared."""
         async with self._lock:
-            if self._pump_task is not None:
-                self._pump_task.cancel()
-                await asyncio.gather(self._pump_task, return_exceptions=True)
-                self._pump_task = None
+            tasks = [task for task in (self._pump_task, self._renew_task) if task is not None]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self._pump_task = self._renew_task = None
+            self._renewal.clear()
             engine, self._engine = self._engine, None
             self._asleep = False
             if engine is not None:
@@ -92,6 +110,7 @@ class EngineControl:
             finally:
                 # A dead engine stands still too, and what it had sampled counts.
                 self._reasons.add(reason)
+                self._steps.clear()
                 if self._engine is not None:
                     self._hand_on(self._engine.drain())
 
@@ -102,6 +121,8 @@ class EngineControl:
                 self._reasons.discard(reason)
                 if not self._reasons and self.is_running:
                     await self._alive().resume()
+            if not self._reasons:
+                self._steps.set()
 
     async def sleep(self, reason: str) -> None:
         """Hold, and have the engine leave its device; a dead one is stopped, which frees it too.
@@ -129,7 +150,10 @@ class EngineControl:
     async def submit(self, requests: Sequence[GenerationRequest]) -> None:
         """Generate these."""
         async with self._lock:
-            await self._alive().generate(requests)
+            engine = self._alive()
+            await engine.generate(requests)
+            if engine.renews_kv:
+                self._renewal.submitted(requests)
 
     async def abort(self, request_ids: Sequence[str]) -> None:
         """Stop these; a dead engine has stopped them already.
@@ -142,6 +166,7 @@ class EngineControl:
                 engine = self._alive()
                 await engine.abort(request_ids)
                 self._hand_on(engine.drain())
+                self._renewal.gone(request_ids)
 
     @property
     def checks_weights(self) -> bool:
@@ -155,7 +180,12 @@ class EngineControl:
     async def load(self, weights_dir: Path, policy_version: int) -> None:
         """Swap weights; the caller holds the engine."""
         async with self._lock:
-            await self._alive().load_weights(weights_dir, policy_version)
+            engine = self._alive()
+            await engine.load_weights(weights_dir, policy_version)
+            if engine.renews_kv:
+                self._renewal.swapped()
+                if self._renew_task is None or self._renew_task.done():
+                    self._renew_task = asyncio.create_task(self._renew(engine), name="renew-kv")
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[npt.NDArray[np.float32]]:
         """See ``Engine.score``."""
@@ -182,7 +212,28 @@ class EngineControl:
         except EngineError as error:
             self.fail(error)
 
+    async def _renew(self, engine: Engine) -> None:
+        """Consumes: requests whose KV is of older weights, until none is due. Produces: the same
+        requests, submitted again. Waits for: an engine that steps, and a token of each request of
+        the wave before. Ended by ``stop``; another swap only makes all of them due again."""
+        try:
+            while self._renewal.due:
+                await self._steps.wait()
+                async with self._lock:
+                    if self._reasons:
+                        continue
+                    wave = self._renewal.wave(self._wave_tokens)
+                    await engine.abort(wave)
+                    self._hand_on(engine.drain())
+                    requests = self._renewal.renewed(wave)
+                    await engine.generate(requests)
+                    self._renewal.submitted(requests)
+                await self._renewal.settled.wait()
+        except EngineError as error:
+            self.fail(error)
+
     def _hand_on(self, chunks: Sequence[TokenChunk]) -> None:
+        self._renewal.absorb(chunks)
         if chunks:
             self._on_tokens(chunks)
 

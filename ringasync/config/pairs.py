@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 def impossible_pairs(config: Config) -> list[str]:
     """One sentence for each: the keys, the rule and the remedy."""
-    return [*_lengths(config), *_schedule(config), *_replay(config)]
+    return [*_lengths(config), *_schedule(config), *_replay(config), *_rolling(config)]
 
 
 def _lengths(config: Config) -> Iterator[str]:
@@ -73,3 +73,18 @@ def _replay(config: Config) -> Iterator[str]:
             'loss.routing_replay = true needs starter.architecture = "qwen3_moe": a dense model'
             " has no routing"
         )
+
+
+def _rolling(config: Config) -> Iterator[str]:
+    if config.worker.kv != "rolling":
+        return
+    rule = 'worker.kv = "rolling" cannot go with {}: use "recompute"'
+    if config.worker.engine != "vllm":
+        yield rule.format(f'worker.engine = "{config.worker.engine}", which recomputes by itself')
+    if config.loss.routing_replay:
+        yield rule.format(
+            "loss.routing_replay = true: routed experts of a rollout that is submitted again in the"
+            " middle of a version do not fit together"
+        )
+    if config.schedule.colocated:
+        yield rule.format("schedule.colocated = true: an engine that slept has no KV to renew")

@@ -116,7 +116,9 @@ class WorkerConfig(Section):
     gpus: tuple[int, ...] = ()
     """``ringasync up``: the GPUs of the host that its workers get in turn, with tensor parallelism
     as many each as that has ranks. Empty: every worker sees all of them."""
-    kv: Literal["recompute", "keep"] = "recompute"
+    kv: Literal["recompute", "keep", "rolling"] = "recompute"
+    """What becomes of the KV of running rollouts at a swap: all computed anew at once; kept, with
+    log-probs that are off by what the weights moved; or (vLLM) computed anew a few at a time."""
     engine_options: dict[str, Any] = Field(default_factory=dict)
 
 

@@ -1,4 +1,4 @@
-"""Pairs of settings about a shared device that cannot work together."""
+"""Pairs of settings that cannot work together."""
 
 from __future__ import annotations
 
@@ -29,3 +29,26 @@ def test_colocated_is_refused_where_it_cannot_be(
         Config.model_validate(settings)
     assert rule in str(refused.value)
     assert remedy in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        ({"worker": {"engine": "transformers"}}, 'worker.engine = "transformers"'),
+        ({"loss": {"routing_replay": True}}, "loss.routing_replay = true"),
+        ({"schedule": {"mode": "rounds", "colocated": True}}, "schedule.colocated = true"),
+    ],
+)
+def test_rolling_kv_is_refused_where_it_cannot_be(
+    changes: dict[str, dict[str, Any]], rule: str
+) -> None:
+    settings: dict[str, Any] = {
+        "data": {"tasks": [{"name": "sums", "kind": "mathematics"}]},
+        "starter": {"architecture": "qwen3_moe"},
+        **changes,
+        "worker": {"engine": "vllm", "kv": "rolling"} | changes.get("worker", {}),
+    }
+    with pytest.raises(ValidationError, match=r'worker\.kv = "rolling" cannot go with') as refused:
+        Config.model_validate(settings)
+    assert rule in str(refused.value)
+    assert 'use "recompute"' in str(refused.value)

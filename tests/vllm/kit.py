@@ -23,7 +23,7 @@ from tests.vllm.models import VOCAB_SIZE
 from tests.workers.engine_kit import NEVER_SAMPLED, EngineKit
 from workers.engines.base import SamplingParams
 from workers.engines.vllm import setup
-from workers.engines.vllm.engine import VllmEngine
+from workers.engines.vllm.engine import Kv, VllmEngine
 from workers.engines.vllm.options import VllmOptions
 
 ON_GPU = torch.cuda.is_available()
@@ -57,7 +57,7 @@ def reference(
 def make_engine(
     sampling: SamplingParams | None = None,
     *,
-    keep_kv: bool = False,
+    kv: Kv = "recompute",
     window_tokens: int = 128,
     routed_experts: bool = False,
     **options: Any,
@@ -71,7 +71,7 @@ def make_engine(
         max_model_len_tokens=window_tokens,
         seed=5,
         dtype="bfloat16" if ON_GPU else "float32",
-        keep_kv=keep_kv,
+        kv=kv,
         routed_experts=routed_experts,
         colocated=ON_GPU,
         options=VllmOptions(**small | options),

@@ -133,7 +133,7 @@ async def test_good_swaps_of_a_moe_raise_no_alarm_and_are_exact(tmp_path: Path) 
 
 async def test_kept_kv_shows_in_the_logprobs(tmp_path: Path) -> None:
     folders = [write_dense(tmp_path / f"w{i}", seed=i, tied=False) for i in range(2)]
-    engine = make_engine(keep_kv=True)
+    engine = make_engine(kv="keep")
     await engine.start(folders[0], 1)
     collector = Collector(engine)
     prompt = prompts(engine_kit(folders), 1)[0]

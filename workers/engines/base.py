@@ -91,6 +91,13 @@ class Engine(Protocol):
         need read the files for their checksums first."""
         ...
 
+    @property
+    def renews_kv(self) -> bool:
+        """Whether ``load_weights`` leaves requests the KV of the weights before, so that whoever
+        submits has to abort and submit them again, with their tokens as context, to have it anew.
+        What is submitted after a swap shares no KV with what came before."""
+        ...
+
     async def start(self, weights_dir: Path, policy_version: int) -> None:
         """Load config and weights from an HF-format folder and begin to serve."""
         ...

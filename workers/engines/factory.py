@@ -85,7 +85,7 @@ class EngineFactory:
             seed=self.seed,
             dtype=config.model.dtype,
             fp32_head=config.model.head_dtype == "float32",
-            keep_kv=worker.kv == "keep",
+            kv=worker.kv,
             gather_tokens=gather_tokens(worker.flush_tokens),
             routed_experts=config.loss.routing_replay,
             colocated=config.schedule.colocated,

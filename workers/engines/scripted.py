@@ -100,7 +100,10 @@ class ScriptedEngine:
         step_interval_s: float | None = 0.0,
         max_concurrent: int = 64,
         seed: int = 0,
+        renews_kv: bool = False,
     ) -> None:
+        """A hash has no KV, so ``renews_kv`` changes only what others do."""
+        self.renews_kv = renews_kv
         self._sampling = sampling
         self._step_interval_s = step_interval_s
         self._max_concurrent = max_concurrent

@@ -68,6 +68,7 @@ class TransformersEngine:
     """
 
     checks_weights = False
+    renews_kv = False
 
     def __init__(
         self,

@@ -97,6 +97,14 @@ def refusal(weights_dir: Path, error: Exception, *, routed_experts: bool) -> str
     return message
 
 
+def prompt(request: GenerationRequest, salt: int | None) -> dict[str, Any]:
+    """A rollout's context. With a ``salt`` it finds KV of requests with the same one only."""
+    found: dict[str, Any] = {"prompt_token_ids": [*request.prompt_ids, *request.prefix_ids]}
+    if salt is not None:
+        found["cache_salt"] = str(salt)
+    return found
+
+
 def sampling_params(
     request: GenerationRequest,
     temperature: float,

@@ -3,7 +3,7 @@
 Generation is AsyncLLM's, but tokens are taken by ``TokenSink`` in one go for each step. A swap has
 two parts: while generation goes on, the workers read the next weights (``_stage``); then, paused,
 they only copy them into the live model. ``pause`` keeps requests and KV; ``load_weights`` drops the
-KV, so that requests in flight are computed anew under the new weights, unless ``keep_kv``.
+KV, so that requests in flight are computed anew under the new weights, unless ``kv`` is another.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Awaitable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,7 @@ from workers.engines.vllm.token_sink import TokenSink
 
 _ALIVE_CHECK_S = 1.0
 T = TypeVar("T")
+Kv = Literal["recompute", "keep", "rolling"]
 
 log = get_logger()
 
@@ -56,7 +57,7 @@ class VllmEngine:
         seed: int,
         dtype: str = "float32",
         fp32_head: bool = False,
-        keep_kv: bool = False,
+        kv: Kv = "recompute",
         gather_tokens: int = 0,
         routed_experts: bool = False,
         colocated: bool = False,
@@ -68,7 +69,7 @@ class VllmEngine:
         self._seed = seed
         self._dtype = dtype
         self._fp32_head = fp32_head
-        self._keep_kv = keep_kv
+        self._kv, self.renews_kv = kv, kv == "rolling"
         self._gather_tokens = gather_tokens
         self._routed_experts = routed_experts
         self._options = options or VllmOptions()
@@ -134,7 +135,7 @@ class VllmEngine:
             await self._answer(
                 engine.add_request(
                     request.request_id,
-                    {"prompt_token_ids": [*request.prompt_ids, *request.prefix_ids]},
+                    arguments.prompt(request, sink.policy_version if self.renews_kv else None),
                     arguments.sampling_params(
                         request,
                         self._sampling.temperature,
@@ -202,7 +203,7 @@ class VllmEngine:
             sink.fail(f"a swap broke in the middle: {error}")
             raise
         loaded_s = time.perf_counter()
-        if not self._keep_kv:
+        if self._kv == "recompute":
             await self._answer(engine.reset_prefix_cache(reset_running_requests=True))
         sink.relabel(policy_version)
         self._nap.note_loaded(weights_dir, policy_version)

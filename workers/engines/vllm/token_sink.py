@@ -196,6 +196,11 @@ class TokenSink:
         if self._chunks:
             self.filled.set()
 
+    @property
+    def policy_version(self) -> int:
+        """What is sampled now is of this version."""
+        return self._policy_version
+
     def is_running(self, request_id: str) -> bool:
         """Whether a request of ours is known and not ended."""
         return request_id in self._internal
