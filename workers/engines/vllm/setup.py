@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 
 from ringasync.errors import EnvironmentRefusedError
 from ringasync.observability.log import get_logger
@@ -18,6 +19,9 @@ _ON_CPU = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one child less: the model runs in EngineCore
 }
 
+_PORTS = range(20_000, 30_000)
+"""Below what systems hand out by themselves."""
+
 log = get_logger()
 
 
@@ -31,6 +35,9 @@ def prepare() -> None:
         log.warning(warning)
     for name, value in _ALWAYS.items():
         os.environ.setdefault(name, value)
+    # By itself vLLM asks the system for a free port, lets it go, and binds it seconds later: of two
+    # engines that start together on one host both may get the same one.
+    os.environ.setdefault("VLLM_PORT", str(secrets.choice(_PORTS)))
     try:
         if compat.is_cpu():
             for name, value in _ON_CPU.items():
