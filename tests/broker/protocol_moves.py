@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ringasync.broker.types import Verdict, VersionInfo
+from ringasync.records.segment import decode_segment
 
 from .kit import item
 from .protocol_ground import ProtocolGround
@@ -109,6 +110,8 @@ class WorkMoves(ProtocolGround):
                 lease.kind == "eval" or self.mode != "rounds" or model.records.round_state == "open"
             )
             assert lease.group_id not in model.journalled_groups
+            newest = max((decode_segment(one).policy_version for one in lease.segments), default=0)
+            assert newest <= version, "versions would fall inside a rollout"
             model.void(lease.rollout_id)
             model.holdings.append(Holding(lease, lease.num_tokens, version))
         model.forget_old_zombies()
@@ -194,6 +197,32 @@ class WorkMoves(ProtocolGround):
         again = self.do(call("w", [verdict], MAX_ATTEMPTS, True, 4))
         assert again[0] in ("fenced", "gone", "duplicate")
         self.void_what_ended()
+
+    def zombie_grades(self, who: int) -> None:
+        """A grader whose session went answers on what another is grading now."""
+        session = self.session(who)
+        self.everything_is_finished(session)
+        self.take_grading(who, 2)
+        if len(self.model.sessions) < 2:
+            self.worker_joins()
+        self.worker_leaves(self.model.sessions.index(session))
+        self.take_grading(who, 4)
+        now = {job.rollout_id for job, void in self.model.jobs if not void}
+        for job, void in self.model.jobs:
+            if void and job.rollout_id in now:
+                verdict = Verdict(job.rollout_id, job.token, 0.5, "")
+                assert self.do(self.broker.grade_many("w", [verdict], MAX_ATTEMPTS, True, 4)) in (
+                    ["fenced"],
+                    ["gone"],
+                    ["duplicate"],
+                )
+
+    def everything_is_finished(self, session: str) -> None:
+        """A worker that ends what anybody generates, after it has taken some more."""
+        self.take(self.model.sessions.index(session), 2, False)
+        for holding in self.model.live():
+            assert self.do(self.kit.finish(holding.lease, holding.length)) == "ok"
+            self.model.void(holding.lease.rollout_id)
 
     def everything_is_finished_and_graded(self, who: int) -> None:
         """A worker that works: without it, few random moves would bring a group to the learner."""

@@ -29,7 +29,18 @@ MOVES = (
     *("feed", "take", "take", "append", "append", "append", "park", "finish", "take_grading"),
     *("grade", "work", "work", "work", "learn", "learn"),
     *("round", "round", "round", "round", "round"),
-    *("zombie", "zombie", "join", "leave", "die", "quarantine", "purge", "pin", "publish"),
+    *(
+        "zombie",
+        "zombie",
+        "zombie_grader",
+        "join",
+        "leave",
+        "die",
+        "quarantine",
+        "purge",
+        "pin",
+        "publish",
+    ),
     *("crash", "crash", "save", "rollback"),
 )
 """Weighted: what ends or resets much is rarer than work."""
@@ -59,6 +70,7 @@ class ProtocolMachine(WorkMoves):
             "learn": lambda: self.learner_works(n if flag else 1, which % 3, flag),
             "round": self.round_moves_on,
             "zombie": lambda: self.zombie_acts(which),
+            "zombie_grader": lambda: self.zombie_grades(which),
             "join": self.worker_joins,
             "leave": lambda: self.worker_leaves(which),
             "die": lambda: self.sessions_die({which % 4, n}),
