@@ -19,7 +19,7 @@ def slow_learner(rule: GateRule) -> SimResult:
     """A learner that is slower than its workers: only the gate holds the backlog."""
     scene = SCENES["slow-learner"]
     learner = LearnerSettings(25, scene.step_s, scene.filtered, STALENESS, drop_stale=True)
-    gate = GateSettings(BUDGET, STALENESS, scene.world.group_size)
+    gate = GateSettings(BUDGET, STALENESS, scene.world.group_size, max_groups=16)
     return simulate_pipelined(
         scene.world, learner, gate, scene.lengths, prior_tokens=400.0, seed=0, rule=rule
     )
