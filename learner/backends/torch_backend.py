@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from learner.algorithms.metrics import TokenStats, concatenate
 from learner.algorithms.mismatch import MismatchWeights, log_mismatch_ratio, make_mismatch
 from learner.algorithms.policy_loss import policy_loss
+from learner.algorithms.schedule import learning_rate
 from learner.backends.base import ScoredSequence, StepResult
 from learner.backends.collate import MicroBatch, collate, pad_rows, plan_microbatches
 from learner.backends.experts import use_autocast_experts
@@ -56,13 +57,6 @@ class TorchSettings:
     begin_offloaded: bool = False
 
 
-def warmup_lr(peak: float, warmup_steps: int, updates_done: int) -> float:
-    """Learning rate of the next update: linear warm-up, then constant; 0 stays 0."""
-    if warmup_steps <= 0:
-        return peak
-    return peak * min(1.0, (updates_done + 1) / warmup_steps)
-
-
 class TorchBackend:
     """``Backend`` on a Hugging Face causal LM in this process."""
 
@@ -89,6 +83,7 @@ class TorchBackend:
             [group for group in groups if group["params"]],
             lr=settings.learner.lr,
             betas=settings.learner.betas,
+            eps=settings.learner.adam_eps,
             weight_decay=settings.learner.weight_decay,
         )
         self._updates = 0
@@ -174,7 +169,7 @@ class TorchBackend:
                 )
             )
         grad_norm = self._clip_gradients()
-        lr = warmup_lr(learner.lr, learner.warmup_steps, self._updates)
+        lr = self._next_lr()
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         crashpoints.reach("stepping", self._updates)
@@ -182,6 +177,17 @@ class TorchBackend:
         self._optimizer.zero_grad(set_to_none=True)
         self._updates += 1
         return StepResult(total, grad_norm, lr, 1, concatenate(stats))
+
+    def _next_lr(self) -> float:
+        learner = self._settings.learner
+        return learning_rate(
+            learner.lr,
+            warmup_updates=learner.warmup_steps,
+            updates_done=self._updates,
+            schedule=learner.lr_schedule,
+            total_updates=learner.steps * learner.updates_per_batch,
+            min_ratio=learner.lr_min_ratio,
+        )
 
     def _clip_gradients(self) -> float:
         norm = float(nn.utils.clip_grad_norm_(self._params, self._settings.learner.grad_clip))

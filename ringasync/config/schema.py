@@ -200,9 +200,20 @@ class LearnerConfig(Section):
     steps: int = Field(200, ge=1)
     lr: float = Field(1e-3, ge=0)
     warmup_steps: int = Field(5, ge=0)
+    """Optimizer updates of linear warm-up."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up. What falls does so over ``steps`` x ``updates_per_batch`` updates."""
+    lr_min_ratio: float = Field(0.0, ge=0, le=1)
+    """``linear``, ``cosine``: the share of ``lr`` that they end at."""
     betas: tuple[float, float] = (0.9, 0.999)
+    adam_eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
+    """AdamW's, on matrices only. Ring-1T: 0.01; Ring-lite: not given."""
     grad_clip: float = Field(1.0, gt=0)
+    grad_spike_factor: float = Field(5.0, ge=0)
+    """A gradient norm above this x the median of the last ones is reported. 0: none is."""
+    grad_spike_window_steps: int = Field(32, ge=1)
+    """How many norms that median is of."""
     updates_per_batch: int = Field(1, ge=1)
     """Optimizer steps a batch; above 1 the proximal pass is run."""
     microbatch_tokens: int = Field(16384, ge=1)
