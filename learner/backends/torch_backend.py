@@ -139,7 +139,7 @@ class TorchBackend:
     def _update(
         self, micro_batches: Sequence[MicroBatch], proximal: Sequence[Tensor] | None
     ) -> StepResult:
-        learner, loss_config = self._settings.learner, self._settings.loss
+        loss_config = self._settings.loss
         self._optimizer.zero_grad(set_to_none=True)
         total, stats = 0.0, []
         for index, micro in enumerate(micro_batches):

@@ -53,7 +53,8 @@ def test_resume_in_the_middle_of_the_fall_is_exact(tmp_path: Path) -> None:
     made.append(straight.train_batch(toy_batch(step=2)).lr)
     resumed.load(tmp_path / "saved")
     assert resumed.train_batch(toy_batch(step=2)).lr == made[2]
-    assert made == sorted(made, reverse=True) and made[2] < made[0]
+    assert made == sorted(made, reverse=True)
+    assert made[2] < made[0]
     mine, theirs = straight.state_dict(), resumed.state_dict()
     assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
 
