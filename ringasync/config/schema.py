@@ -182,6 +182,16 @@ class LossConfig(Section):
     clip_high: float = Field(0.2, gt=0)
     normalizer: Literal["budget", "sequence"] = "budget"
     advantage_std: bool = True
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus; below 0 it is a penalty. Ring-lite: 5e-4. See docs/losses.md."""
+    kl_coef: float = Field(0.0, ge=0)
+    """Weight of the KL to the starting model, which is then kept in memory. Ring-lite: 1e-3;
+    Ring-1T: 0."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    router_balance_coef: float = Field(0.0, ge=0)
+    """MoE: weight of the load-balance loss. Ring-lite: 1e-5. Qwen3-MoE only, as the next."""
+    router_z_coef: float = Field(0.0, ge=0)
+    """MoE: weight of the routers' z loss. Ring-lite: 1e-7."""
     routing_replay: bool = False
     """MoE: workers record which experts ran for each token, and the learner's training forwards run
     the same ones. Qwen3-MoE and vLLM only; see docs/moe.md for what the records then weigh."""
