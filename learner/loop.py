@@ -19,6 +19,7 @@ import time
 
 import structlog
 
+from learner.algorithms.spikes import SpikeDetector
 from learner.backends.base import Backend
 from learner.batcher import Batcher, BatchRequest
 from learner.catch_up import train_record, untrained_records
@@ -84,6 +85,9 @@ class LearnerLoop:
         )
         self._stall = StallWatch(broker, config.learner.stall_report_s)
         self._arithmetic = arithmetic(config.learner)
+        self._spikes = SpikeDetector(
+            config.learner.grad_spike_window_steps, config.learner.grad_spike_factor
+        )
         self._incarnation = keeper.poll.incarnation
         self._complete = False
         self._log = structlog.get_logger(__name__)
@@ -336,6 +340,8 @@ class LearnerLoop:
     async def _report(self, done: TrainedStep) -> None:
         metrics = step_metrics(done, self._config.loss, self.state.policy_version)
         metrics["arithmetic"] = self._arithmetic
+        norm = self._spikes.judge(done.result.grad_norm)
+        metrics["grad_norm_spike"], metrics["grad_norm_median"] = int(norm.is_spike), norm.median
         metrics["checkpoint_step"] = self._checkpointer.written_step
         metrics["checkpoints_failed"] = self._checkpointer.failures
         await self._broker.push_metrics("learner", metrics)
@@ -343,6 +349,13 @@ class LearnerLoop:
         if gap is not None and gap > _GAP_ALARM_NATS:
             self._log.warning(
                 "train and inference engine disagree at age 0", gap_mean=gap, step=metrics["step"]
+            )
+        if norm.is_spike:
+            self._log.warning(
+                "gradient norm far above those of the last steps",
+                grad_norm=metrics["grad_norm"],
+                median=norm.median,
+                step=metrics["step"],
             )
         self._log.info(
             "step trained",

@@ -76,6 +76,7 @@ def step_metrics(done: TrainedStep, loss: LossConfig, policy_version: int) -> di
         "batch_id": record.batch_id,
         "replayed": done.replayed,
         "loss": done.result.loss,
+        **done.result.terms,
         "grad_norm": done.result.grad_norm,
         "lr": done.result.lr,
         "train_reward": float(np.mean(rewards)) if rewards else None,

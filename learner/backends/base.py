@@ -7,9 +7,9 @@ then work on the ranks' shards, and ``save_hf`` writes from rank 0.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -34,6 +34,8 @@ class StepResult:
 
     ``loss`` is the exact sum over the batch divided by the normaliser; ``grad_norm`` is before
     clipping; ``lr`` is that of the last update. ``tokens`` has one entry for each trained token.
+    ``terms``: the parts of ``loss`` by metric name, each before its coefficient, also of the first
+    update; empty where the policy loss is all there is.
     """
 
     loss: float
@@ -41,6 +43,7 @@ class StepResult:
     lr: float
     updates: int
     tokens: TokenStats
+    terms: Mapping[str, float] = field(default_factory=dict)
 
 
 class Backend(Protocol):

@@ -63,7 +63,7 @@ def pad_routing(routings: Sequence[RoutedRows | None], width: int) -> npt.NDArra
 def require_routers(model: nn.Module) -> None:
     """Raise ``TrainingError`` unless the routing of ``model`` can be replayed."""
     try:
-        _routers(model)
+        find_routers(model)
     except TrainingError as error:
         raise TrainingError(f"loss.routing_replay = true: {error}; set it to false") from None
 
@@ -79,7 +79,7 @@ def replayed_routing(model: nn.Module, experts: Tensor) -> Iterator[None]:
     Raises:
         TrainingError: a model whose routers are not known here, or a choice that is none of its.
     """
-    routers = _routers(model)
+    routers = find_routers(model)
     chosen = experts.to(device=next(model.parameters()).device, dtype=torch.int64)
     columns = _columns(routers, chosen, model)
     # Columns of dense layers say nothing: vLLM leaves zeros there.
@@ -103,7 +103,7 @@ def recorded_routing(model: nn.Module) -> Iterator[RoutingRecord]:
     def keep(_router: nn.Module, _inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
         record.layers.append(output[2].detach())
 
-    handles = [router.register_forward_hook(keep) for router in _routers(model).values()]
+    handles = [router.register_forward_hook(keep) for router in find_routers(model).values()]
     try:
         yield record
     finally:
@@ -130,8 +130,8 @@ def _replay(
     return logits, weights.to(own_weights.dtype), experts
 
 
-def _routers(model: nn.Module) -> dict[int, Any]:
-    """Routers by layer number, in order."""
+def find_routers(model: nn.Module) -> dict[int, Any]:
+    """Routers by layer number, in order. Raises ``TrainingError`` when none is known."""
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
     found: dict[int, Any] = {}
@@ -141,7 +141,7 @@ def _routers(model: nn.Module) -> dict[int, Any]:
             found[int(layer.group(1))] = module
     if not found:
         raise TrainingError(
-            f"routing replay knows Qwen3-MoE routers only, and {type(model).__name__} has none"
+            f"only routers of Qwen3-MoE are known here, and {type(model).__name__} has none"
         )
     return found
 

@@ -12,13 +12,16 @@ from __future__ import annotations
 import inspect
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import structlog
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from learner.algorithms.extra_losses import entropy as entropy_of
+
+_Entropy = Literal["none", "value", "gradient"]
 _ENTROPY_MAX_VOCAB = 8192
 """Above this vocabulary the entropy would cost another array of the logits' size."""
 _PROBE_TOKENS = 8
@@ -68,13 +71,23 @@ class TokenScores:
             )
 
     def score(
-        self, wanted: Positions, temperature: float, *, entropy: bool = False
+        self,
+        wanted: Positions,
+        temperature: float,
+        *,
+        entropy: bool = False,
+        entropy_gradient: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Log-probs fp32 [N] of ``wanted.targets``, with gradient when that is enabled, and entropy
-        fp32 [N], NaN where not asked for or where the vocabulary is too large for it."""
+        fp32 [N], NaN where not asked for or where the vocabulary is too large for it.
+
+        ``entropy_gradient``: entropy for any vocabulary, with gradient; that takes two more arrays
+        of a chunk's logits while the chunk is worked on.
+        """
+        kind: _Entropy = "gradient" if entropy_gradient else "value" if entropy else "none"
         if not self.chunk_tokens:
             logits = self.logits(wanted.input_ids, wanted.rows, wanted.columns)
-            return _scores(logits, wanted.targets, temperature, entropy)
+            return _scores(logits, wanted.targets, temperature, kind)
         with torch.autocast(wanted.input_ids.device.type, torch.bfloat16, enabled=self._low):
             output = self._body(input_ids=wanted.input_ids, use_cache=False)
         hidden: Tensor = output.last_hidden_state[wanted.rows, wanted.columns]
@@ -86,7 +99,7 @@ class TokenScores:
             torch.split(wanted.targets, self.chunk_tokens),
             strict=True,
         ):
-            chunk = (states, targets, temperature, entropy)
+            chunk = (states, targets, temperature, kind)
             if again:
                 # There is nothing random in a head, so no generator's state need be restored.
                 parts.append(
@@ -116,14 +129,14 @@ class TokenScores:
         return self._dtype != torch.float32
 
     def _score_states(
-        self, hidden: Tensor, targets: Tensor, temperature: float, entropy: bool
+        self, hidden: Tensor, targets: Tensor, temperature: float, kind: _Entropy
     ) -> tuple[Tensor, Tensor]:
         # Without autocast's cache each chunk has its own cast of the weight, so that the gradients
         # of the chunks are added up in the float32 of the master and not in bfloat16.
         device = hidden.device.type
         with torch.autocast(device, torch.bfloat16, enabled=self._low, cache_enabled=False):
             logits = self._model.get_output_embeddings()(hidden)  # type: ignore[operator]
-        return _scores(logits.float(), targets, temperature, entropy)
+        return _scores(logits.float(), targets, temperature, kind)
 
 
 @torch.no_grad()
@@ -164,15 +177,16 @@ def head_problem(model: Any, device: torch.device) -> str:
 
 
 def _scores(
-    logits: Tensor, targets: Tensor, temperature: float, entropy: bool
+    logits: Tensor, targets: Tensor, temperature: float, kind: _Entropy
 ) -> tuple[Tensor, Tensor]:
     """Log softmax(``logits`` [N, V] / temperature) at ``targets`` [N], and entropy [N]."""
     logits = logits / temperature
     chosen: Tensor = logits.gather(-1, targets[:, None]).squeeze(-1)
     logprobs = chosen - torch.logsumexp(logits, dim=-1)
+    if kind == "gradient":
+        return logprobs, entropy_of(logits)
     # Last, and without gradient: a chunk computed again stops before it comes here.
     with torch.no_grad():
-        if not entropy or logits.shape[-1] > _ENTROPY_MAX_VOCAB:
+        if kind == "none" or logits.shape[-1] > _ENTROPY_MAX_VOCAB:
             return logprobs, torch.full_like(logprobs, float("nan"))
-        distribution = logits.log_softmax(-1)
-        return logprobs, -(distribution.exp() * distribution).sum(-1)
+        return logprobs, entropy_of(logits)

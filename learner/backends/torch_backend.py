@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from learner.algorithms.metrics import TokenStats, concatenate
 from learner.algorithms.mismatch import MismatchWeights, log_mismatch_ratio, make_mismatch
 from learner.algorithms.policy_loss import policy_loss
+from learner.algorithms.schedule import learning_rate
 from learner.backends.base import ScoredSequence, StepResult
 from learner.backends.collate import MicroBatch, collate, pad_rows, plan_microbatches
 from learner.backends.experts import use_autocast_experts
 from learner.backends.export import export_hf
+from learner.backends.extra_terms import ExtraTerms, FixedInputs, ScoredTokens, TermTotals
 from learner.backends.heads import use_float32_head
 from learner.backends.pretrained import load_causal_lm
 from learner.backends.routers import freeze_routers
@@ -56,13 +58,6 @@ class TorchSettings:
     begin_offloaded: bool = False
 
 
-def warmup_lr(peak: float, warmup_steps: int, updates_done: int) -> float:
-    """Learning rate of the next update: linear warm-up, then constant; 0 stays 0."""
-    if warmup_steps <= 0:
-        return peak
-    return peak * min(1.0, (updates_done + 1) / warmup_steps)
-
-
 class TorchBackend:
     """``Backend`` on a Hugging Face causal LM in this process."""
 
@@ -74,9 +69,10 @@ class TorchBackend:
         home = _HOST if settings.begin_offloaded else self._device
         self._model = model.to(device=home, dtype=torch.float32)
         self._model.eval()  # dropout would falsify log-probs; gradients flow all the same
-        use_autocast_experts(self._model)
-        if settings.head_dtype == "float32" and settings.dtype != torch.float32:
-            use_float32_head(self._model, settings.dtype)
+        self._terms = ExtraTerms(
+            self._model, settings.loss, self._prepare, settings.dtype, settings.learner
+        )
+        self._prepare(self._model)
         if settings.loss.routing_replay:
             require_routers(self._model)
         freeze_routers(self._model, settings.learner.freeze_router)
@@ -89,6 +85,7 @@ class TorchBackend:
             [group for group in groups if group["params"]],
             lr=settings.learner.lr,
             betas=settings.learner.betas,
+            eps=settings.learner.adam_eps,
             weight_decay=settings.learner.weight_decay,
         )
         self._updates = 0
@@ -103,6 +100,12 @@ class TorchBackend:
         self._scores = TokenScores(
             self._model, settings.dtype, settings.learner.logprob_chunk_tokens
         )
+
+    def _prepare(self, model: nn.Module) -> None:
+        """Let the forwards of a loaded model be those of the settings."""
+        use_autocast_experts(model)
+        if self._settings.head_dtype == "float32" and self._settings.dtype != torch.float32:
+            use_float32_head(model, self._settings.dtype)
 
     @classmethod
     def from_pretrained(cls, path: str, settings: TorchSettings) -> TorchBackend:
@@ -137,18 +140,27 @@ class TorchBackend:
         if learner.updates_per_batch > 1:
             with torch.no_grad():
                 proximal = [self._token_logprobs(micro)[0] for micro in micro_batches]
-        results = [self._update(micro_batches, proximal) for _ in range(learner.updates_per_batch)]
+        fixed = self._terms.prepare_batch(micro_batches, self._settings.temperature)
+        results = [
+            self._update(micro_batches, proximal, fixed) for _ in range(learner.updates_per_batch)
+        ]
         first, last = results[0], results[-1]
-        return StepResult(first.loss, first.grad_norm, last.lr, len(results), last.tokens)
+        return StepResult(
+            first.loss, first.grad_norm, last.lr, len(results), last.tokens, first.terms
+        )
 
     def _update(
-        self, micro_batches: Sequence[MicroBatch], proximal: Sequence[Tensor] | None
+        self,
+        micro_batches: Sequence[MicroBatch],
+        proximal: Sequence[Tensor] | None,
+        fixed: Sequence[FixedInputs],
     ) -> StepResult:
-        learner, loss_config = self._settings.learner, self._settings.loss
+        loss_config = self._settings.loss
         self._optimizer.zero_grad(set_to_none=True)
-        total, stats = 0.0, []
+        total, stats, terms = 0.0, [], TermTotals(float)
         for index, micro in enumerate(micro_batches):
-            policy, entropy = self._token_logprobs(micro)
+            with self._terms.watch() as routers:
+                policy, entropy = self._token_logprobs(micro)
             anchor = policy.detach() if proximal is None else proximal[index]
             mask = torch.ones_like(micro.targets, dtype=torch.bool)
             weights = self._mismatch.weights(anchor, micro.behavior_logprobs, mask)
@@ -162,8 +174,10 @@ class TorchBackend:
                 clip_low=loss_config.clip_low,
                 clip_high=loss_config.clip_high,
             )
-            result.loss.backward()  # type: ignore[no-untyped-call]
-            total += float(result.loss.detach())
+            scored = ScoredTokens(micro, policy, entropy, routers)
+            loss = self._terms.add_to(result.loss, scored, fixed[index], terms)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
             stats.append(
                 TokenStats(
                     _array(log_mismatch_ratio(anchor, micro.behavior_logprobs, mask)),
@@ -174,14 +188,25 @@ class TorchBackend:
                 )
             )
         grad_norm = self._clip_gradients()
-        lr = warmup_lr(learner.lr, learner.warmup_steps, self._updates)
+        lr = self._next_lr()
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         crashpoints.reach("stepping", self._updates)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._updates += 1
-        return StepResult(total, grad_norm, lr, 1, concatenate(stats))
+        return StepResult(total, grad_norm, lr, 1, concatenate(stats), dict(terms))
+
+    def _next_lr(self) -> float:
+        learner = self._settings.learner
+        return learning_rate(
+            learner.lr,
+            warmup_updates=learner.warmup_steps,
+            updates_done=self._updates,
+            schedule=learner.lr_schedule,
+            total_updates=learner.steps * learner.updates_per_batch,
+            min_ratio=learner.lr_min_ratio,
+        )
 
     def _clip_gradients(self) -> float:
         norm = float(nn.utils.clip_grad_norm_(self._params, self._settings.learner.grad_clip))
@@ -201,7 +226,12 @@ class TorchBackend:
         """
         wanted = Positions(micro.input_ids, micro.rows, micro.columns, micro.targets)
         with self._replay(micro):
-            logprobs, entropy = self._scores.score(wanted, self._settings.temperature, entropy=True)
+            logprobs, entropy = self._scores.score(
+                wanted,
+                self._settings.temperature,
+                entropy=True,
+                entropy_gradient=self._settings.loss.entropy_coef != 0,
+            )
         bad = ~torch.isfinite(logprobs.detach())
         if bool(bad.any()):
             row = int(micro.rows[bad][0])
@@ -277,12 +307,14 @@ class TorchBackend:
         """See ``Backend.offload``. Of CUDA its context stays, which no process can leave alive."""
         self._optimizer.zero_grad(set_to_none=True)
         move_state(self._model, self._optimizer, _HOST)
+        self._terms.move(_HOST)
         if self._device.type == "cuda":
             release_cuda_caches()
 
     def onload(self) -> None:
         """See ``Backend.onload``."""
         move_state(self._model, self._optimizer, self._device)
+        self._terms.move(self._device)
 
     def save_hf(self, directory: Path) -> None:
         """See ``Backend.save_hf``; tokenizer files are copied from the starting model's folder."""

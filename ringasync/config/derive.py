@@ -95,6 +95,12 @@ def _derive(config: Config) -> Iterator[Derived]:
         str(learner.steps * learner.updates_per_batch),
         f"steps {learner.steps} x updates_per_batch {learner.updates_per_batch}",
     )
+    if config.loss.kl_coef > 0:
+        yield Derived(
+            "reference policy, memory of the learner's device",
+            "4 bytes a parameter",
+            f"loss.kl_coef {config.loss.kl_coef} keeps the starting model in float32",
+        )
     passes = 2 + (max(0, (learner.steps - 1) // config.eval.every_steps) if _evals(config) else 0)
     yield Derived(
         "held-out rollouts",

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 
 def impossible_pairs(config: Config) -> list[str]:
     """One sentence for each: the keys, the rule and the remedy."""
-    return [*_lengths(config), *_schedule(config), *_replay(config), *_rolling(config)]
+    every = (_lengths, _schedule, _replay, _rolling, _routers)
+    return [problem for check in every for problem in check(config)]
 
 
 def _lengths(config: Config) -> Iterator[str]:
@@ -88,3 +89,14 @@ def _rolling(config: Config) -> Iterator[str]:
         )
     if config.schedule.colocated:
         yield rule.format("schedule.colocated = true: an engine that slept has no KV to renew")
+
+
+def _routers(config: Config) -> Iterator[str]:
+    loss = config.loss
+    if not (loss.router_balance_coef or loss.router_z_coef):
+        return
+    if config.model.path == "starter" and config.starter.architecture != "qwen3_moe":
+        yield (
+            "loss.router_balance_coef and loss.router_z_coef above 0 need starter.architecture = "
+            '"qwen3_moe": a dense model has no router; set them to 0'
+        )

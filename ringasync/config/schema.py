@@ -182,6 +182,16 @@ class LossConfig(Section):
     clip_high: float = Field(0.2, gt=0)
     normalizer: Literal["budget", "sequence"] = "budget"
     advantage_std: bool = True
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus; below 0 it is a penalty. Ring-lite: 5e-4. See docs/losses.md."""
+    kl_coef: float = Field(0.0, ge=0)
+    """Weight of the KL to the starting model, which is then kept in memory. Ring-lite: 1e-3;
+    Ring-1T: 0."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    router_balance_coef: float = Field(0.0, ge=0)
+    """MoE: weight of the load-balance loss. Ring-lite: 1e-5. Qwen3-MoE only, as the next."""
+    router_z_coef: float = Field(0.0, ge=0)
+    """MoE: weight of the routers' z loss. Ring-lite: 1e-7."""
     routing_replay: bool = False
     """MoE: workers record which experts ran for each token, and the learner's training forwards run
     the same ones. Qwen3-MoE and vLLM only; see docs/moe.md for what the records then weigh."""
@@ -200,9 +210,20 @@ class LearnerConfig(Section):
     steps: int = Field(200, ge=1)
     lr: float = Field(1e-3, ge=0)
     warmup_steps: int = Field(5, ge=0)
+    """Optimizer updates of linear warm-up."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up. What falls does so over ``steps`` x ``updates_per_batch`` updates."""
+    lr_min_ratio: float = Field(0.0, ge=0, le=1)
+    """``linear``, ``cosine``: the share of ``lr`` that they end at."""
     betas: tuple[float, float] = (0.9, 0.999)
+    adam_eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
+    """AdamW's, on matrices only. Ring-1T: 0.01; Ring-lite: not given."""
     grad_clip: float = Field(1.0, gt=0)
+    grad_spike_factor: float = Field(5.0, ge=0)
+    """A gradient norm above this x the median of the last ones is reported. 0: none is."""
+    grad_spike_window_steps: int = Field(32, ge=1)
+    """How many norms that median is of."""
     updates_per_batch: int = Field(1, ge=1)
     """Optimizer steps a batch; above 1 the proximal pass is run."""
     microbatch_tokens: int = Field(16384, ge=1)

@@ -16,6 +16,7 @@ from ringasync.config.schema import (
     DataConfig,
     EvalConfig,
     LearnerConfig,
+    LossConfig,
     ModelConfig,
     SamplingConfig,
     ScheduleConfig,
@@ -69,3 +70,10 @@ def test_held_out_rollouts_count_every_evaluation() -> None:
     figures = {each.name: each.value for each in derive(config(PIPELINED, every_steps=3))}
     # before the first step, after steps 3, 6 and 9, and after the last
     assert figures["held-out rollouts"] == str(5 * 256)
+
+
+def test_a_reference_policy_is_counted_only_where_there_is_one() -> None:
+    plain = config(PIPELINED)
+    held = plain.model_copy(update={"loss": LossConfig(kl_coef=1e-3)})
+    added = {one.name for one in derive(held)} - {one.name for one in derive(plain)}
+    assert added == {"reference policy, memory of the learner's device"}

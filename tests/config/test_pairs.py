@@ -52,3 +52,15 @@ def test_rolling_kv_is_refused_where_it_cannot_be(
         Config.model_validate(settings)
     assert rule in str(refused.value)
     assert 'use "recompute"' in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["router_balance_coef", "router_z_coef"])
+def test_router_losses_are_refused_for_a_dense_starter(name: str) -> None:
+    settings: dict[str, Any] = {
+        "data": {"tasks": [{"name": "sums", "kind": "mathematics"}]},
+        "loss": {name: 1e-5},
+    }
+    with pytest.raises(ValidationError, match=r"a dense model has no router; set them to 0"):
+        Config.model_validate(settings)
+    Config.model_validate({**settings, "starter": {"architecture": "qwen3_moe"}})
+    Config.model_validate({**settings, "model": {"path": "some/model"}})

@@ -137,3 +137,21 @@ def test_starter_is_built_on_cuda(
     assert len(losses) == 60
     assert sum(losses[-5:]) < 0.75 * sum(losses[:5])
     assert (folder / "model.safetensors").is_file()
+
+
+def test_extra_loss_terms_agree_with_the_cpu_and_leave_the_device() -> None:
+    coefficients = {"kl_coef": 0.5, "entropy_coef": 0.1, "router_balance_coef": 0.1}
+    loss = LossConfig.model_validate({"mismatch": "none", "router_z_coef": 0.1, **coefficients})
+    results = []
+    for device in ("cuda", "cpu"):
+        # Another policy than the reference, and routers whose choice rounding does not turn.
+        backend = TorchBackend(tiny_moe(), TorchSettings(learner_config(device=device), loss))
+        backend.model.load_state_dict(tiny_moe(seed=1).state_dict())
+        results.append(backend.train_batch(toy_batch()))
+        reference = backend._terms._reference
+        assert reference is not None
+        backend.offload()
+        assert {one.device.type for one in reference._model.parameters()} == {"cpu"}
+        backend.onload()
+        assert {one.device.type for one in reference._model.parameters()} == {device}
+    assert results[0].terms == pytest.approx(results[1].terms, rel=1e-3)

@@ -1,0 +1,61 @@
+"""The reference policy: the starting model, frozen, that a KL term holds the policy to."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import structlog
+import torch
+from torch import Tensor, nn
+
+from learner.backends.collate import MicroBatch
+from learner.backends.routing_replay import replayed_routing
+from learner.backends.token_scores import Positions, TokenScores
+from ringasync.errors import NonFiniteLogprobError
+
+
+class ReferencePolicy:
+    """A copy of the starting model in float32: 4 bytes a parameter where the learner trains.
+
+    Its forwards are those of the policy (same autocast, same head, same replayed routing), so under
+    the same weights its log-probs are the policy's bit for bit. It is in no checkpoint: each life
+    of the learner begins from the starting model and then loads the newest checkpoint.
+    """
+
+    def __init__(
+        self,
+        starting_model: nn.Module,
+        prepare: Callable[[nn.Module], None],
+        dtype: torch.dtype,
+        chunk_tokens: int,
+    ) -> None:
+        """Copy ``starting_model``, which nobody has prepared yet; ``prepare`` is done to the copy
+        as it is to the policy."""
+        # Not of a prepared model: a copy of its head's closure would use the policy's weight.
+        self._model = copy.deepcopy(starting_model).requires_grad_(False)
+        prepare(self._model)
+        self._scores = TokenScores(self._model, dtype, chunk_tokens)
+        size = sum(one.numel() * one.element_size() for one in self._model.parameters())
+        structlog.get_logger(__name__).info("reference policy loaded", memory_bytes=size)
+
+    @torch.no_grad()
+    def logprobs(self, micro: MicroBatch, temperature: float) -> Tensor:
+        """Log-probs fp32 [N] of the trained tokens. Raises ``NonFiniteLogprobError``."""
+        wanted = Positions(micro.input_ids, micro.rows, micro.columns, micro.targets)
+        routed = micro.routed_experts
+        with nullcontext() if routed is None else replayed_routing(self._model, routed):
+            values, _ = self._scores.score(wanted, temperature)
+        bad = ~torch.isfinite(values)
+        if bool(bad.any()):
+            raise NonFiniteLogprobError(
+                f"the reference policy gave a non-finite log-prob at {int(bad.sum())} trained "
+                f"tokens, the first in rollout {micro.owners[int(micro.rows[bad][0])]}; the "
+                "optimizer step was not made"
+            )
+        return values
+
+    def move(self, device: torch.device) -> None:
+        """Move the copy to ``device`` in place."""
+        self._model.to(device)
