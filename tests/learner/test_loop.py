@@ -58,6 +58,38 @@ async def test_trains_to_the_end(feeder: Feeder, tmp_path: Path, any_redis: Redi
     assert [session["role"] for session in await feeder.broker.sessions()] == ["worker"]
 
 
+async def test_spikes_are_reported_and_extra_terms_are_in_the_metrics(
+    any_redis: RedisServer, tmp_path: Path, model_dir: Path, run_name: str
+) -> None:
+    path = write_config(tmp_path, run_name, model_dir, steps=7)
+    text = path.read_text(encoding="utf-8")
+    # Every norm is above a tenth of the median: each is a spike, once there is a median.
+    text = text.replace(
+        "[learner]\n", '[learner]\ngrad_spike_factor = 0.1\nlr_schedule = "linear"\n'
+    )
+    path.write_text(text + "[loss]\nkl_coef = 0.01\nentropy_coef = 0.01\n", encoding="utf-8")
+    feeder = await Feeder.make(any_redis.url, path)
+    try:
+        await feeder.feed(20)
+        learner = LearnerProcess.start(path, any_redis.url)
+        assert await learner.wait() == 0, learner.log()
+        rows = [row for _, row in await feeder.broker.read_metrics("0", 100)]
+    finally:
+        await feeder.close()
+    assert [row["grad_norm_spike"] for row in rows] == [0] * 5 + [1] * 2
+    norms = [row["grad_norm"] for row in rows]
+    assert rows[5]["grad_norm_median"] == pytest.approx(float(np.median(norms[:5])))
+    assert learner.log().count("gradient norm far above") == 2
+    # Two updates of warm-up, then a fall that would end one update after the last.
+    expected = [1e-3 * part / 6 for part in (3, 6, 5, 4, 3, 2, 1)]
+    assert [row["lr"] for row in rows] == pytest.approx(expected)
+    assert rows[0]["kl_reference"] == 0.0
+    assert all(row["kl_reference"] > 0 for row in rows[1:])
+    for row in rows:
+        extra = 0.01 * row["kl_reference"] - 0.01 * row["entropy_bonus"]
+        assert row["loss"] == pytest.approx(row["loss_policy"] + extra, abs=1e-6)
+
+
 async def test_a_replaced_rollout_does_not_close_its_prompt(feeder: Feeder) -> None:
     """Only a whole group's end may move the data position: its prompt is never fed again."""
     broker, coordinator = feeder.broker, feeder.coordinator
