@@ -129,6 +129,25 @@ async def test_config_prints_json(tmp_path: Path, config_path: Path) -> None:
     assert {"name", "value", "formula"} == set(data["derived"][0])
 
 
+async def test_config_check_prints_the_arithmetic(tmp_path: Path, config_path: Path) -> None:
+    model = tmp_path / "other.json"
+    model.write_text(
+        '{"model_type": "qwen3", "vocab_size": 10, "hidden_size": 4, "num_hidden_layers": 1, '
+        '"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 2, '
+        '"intermediate_size": 8, "tie_word_embeddings": true}',
+        encoding="utf-8",
+    )
+    check = ("config", str(config_path), "--check")
+    answer = await ringasync(*check, "--model-config", str(model), "--format", "json", cwd=tmp_path)
+    figures = {each["name"]: each["value"] for each in json.loads(answer.out)["arithmetic"]}
+    assert figures["parameters"] == "200"
+    table = await ringasync(*check, "--model-config", str(model), cwd=tmp_path)
+    assert "learner: together" in table.out
+    missing = await ringasync(*check, "--model-config", "nothing.json", cwd=tmp_path)
+    assert missing.code == 2
+    assert "--model-config nothing.json" in missing.err
+
+
 async def test_config_check_only_validates(tmp_path: Path, config_path: Path) -> None:
     assert "valid" in (await ringasync("config", str(config_path), "--check", cwd=tmp_path)).out
     wrong = await ringasync(
