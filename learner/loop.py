@@ -33,6 +33,7 @@ from learner.outcomes import note_closed_groups
 from learner.publisher import Publication, Publisher
 from learner.record import BatchRecord
 from learner.recovery import reconcile
+from learner.speed import SpeedGauge, shape_of_model
 from learner.stall import StallWatch
 from learner.state import LearnerState
 from learner.step_metrics import StepTimes, TrainedStep, step_metrics
@@ -85,6 +86,7 @@ class LearnerLoop:
         )
         self._stall = StallWatch(broker, config.learner.stall_report_s)
         self._arithmetic = arithmetic(config.learner)
+        self._speed = SpeedGauge(shape_of_model(config), config.learner, self._arithmetic)
         self._spikes = SpikeDetector(
             config.learner.grad_spike_window_steps, config.learner.grad_spike_factor
         )
@@ -339,6 +341,7 @@ class LearnerLoop:
 
     async def _report(self, done: TrainedStep) -> None:
         metrics = step_metrics(done, self._config.loss, self.state.policy_version)
+        metrics.update(self._speed.metrics(done.batch, done.times.train_s))
         metrics["arithmetic"] = self._arithmetic
         norm = self._spikes.judge(done.result.grad_norm)
         metrics["grad_norm_spike"], metrics["grad_norm_median"] = int(norm.is_spike), norm.median

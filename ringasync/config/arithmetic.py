@@ -154,7 +154,8 @@ def activation_bytes(config: Config, shape: ModelShape) -> float:
 
 def zero_stage(config: Config) -> int:
     """What is sharded over the ranks, as a ZeRO stage: DeepSpeed's setting, or FSDP2's all."""
-    if config.learner.backend == "torch":
+    backend: str = config.learner.backend
+    if backend == "torch":
         return FULLY_SHARDED if _ranks(config) > 1 else 0
     stage = getattr(config.learner, "zero_stage", None)
     return 2 if stage is None else int(stage)

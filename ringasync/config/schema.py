@@ -237,6 +237,9 @@ class LearnerConfig(Section):
     """Where the train engine runs; ``cuda:1`` leaves ``cuda:0`` to a worker of the same host.
     ``CUDA_VISIBLE_DEVICES`` of the process does it too: devices are counted among the visible."""
     threads: int = Field(1, ge=1)
+    peak_tflops: float = Field(0.0, ge=0)
+    """What the device can do at most, in TFLOP/s, for the metric ``mfu``. 0: that of a GPU known by
+    name (H100, H200: 989, dense bf16); on others there is no ``mfu``."""
     checkpoint_every_steps: int = Field(20, ge=1)
     checkpoint_async: bool = True
     """Write checkpoints while the next steps are trained: training stops only until the state is

@@ -28,6 +28,7 @@ def cost_plots(metrics: RunMetrics) -> list[Plot]:
         _learner_time(metrics),
         _role_time(metrics),
         _throughput(metrics),
+        *_utilization(metrics),
         _queues(metrics),
     ]
 
@@ -164,6 +165,18 @@ def _throughput(metrics: RunMetrics) -> Plot:
         "learner's waiting shows above as time." + _prefills(metrics.summary)
     )
     return Plot("Throughput", sentence, line_figure("seconds since the start", "tokens/s", series))
+
+
+def _utilization(metrics: RunMetrics) -> list[Plot]:
+    """One plot, or none where no step has ``mfu``: on a CPU nobody misses it."""
+    _, values = of_steps(metrics, "mfu")
+    if not values:
+        return []
+    sentence = (
+        "MFU: the model's floating-point work over what the learner's device could do while it "
+        f"trained. Mean {sum(values) / len(values):.1%}."
+    )
+    return [Plot("Learner's utilization", sentence, step_lines(metrics, "share", {"mfu": "MFU"}))]
 
 
 def _prefills(summary: Line) -> str:

@@ -46,6 +46,7 @@ def test_ring_lite_has_the_published_values() -> None:
     assert config.learner.lr == 3e-6
     assert (config.loss.clip_low, config.loss.clip_high) == (0.2, 0.2)
     assert (config.loss.mismatch, config.loss.normalizer) == ("none", "budget")
+    assert (config.loss.kl_coef, config.loss.entropy_coef) == (1e-3, 5e-4)
     assert config.sampling.temperature == 1.0
 
 
@@ -55,6 +56,7 @@ def test_ring_1t_reasoning_has_the_published_values() -> None:
     assert (loss.mismatch, loss.mask_low, loss.mask_high) == ("icepop", 0.5, 5.0)
     assert (learner.lr, learner.betas, learner.weight_decay) == (2e-6, (0.9, 0.999), 0.01)
     assert learner.freeze_router == "bias"
+    assert loss.kl_coef == 0.0
     assert config.schedule.mode == "rounds"
     assert config.schedule.group_size == 8
     assert config.schedule.pool_capacity >= 480 * 8

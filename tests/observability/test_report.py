@@ -155,6 +155,17 @@ def test_the_cost_of_contexts_is_told_where_it_is_known(run_dir: Path) -> None:
     assert "25% of all" in after
 
 
+def test_utilization_has_a_plot_where_steps_have_it(run_dir: Path) -> None:
+    metrics = read_run(run_dir)
+    title = "Learner's utilization"
+    assert title not in [plot.title for plot in cost_plots(metrics)]
+    for line in metrics.steps:
+        line["mfu"] = 0.25
+    plot = next(plot for plot in cost_plots(metrics) if plot.title == title)
+    assert "25.0%" in plot.sentence
+    assert list(plot.figure.data[0].y) == [0.25] * len(metrics.steps)
+
+
 def test_headline_numbers(run_dir: Path) -> None:
     shown = {name: (value, note) for name, value, note in tiles(read_run(run_dir))}
     assert shown["held-out reward"] == ("0.420 → 0.840", "95 %: 0.790 to 0.890, n = 256")
