@@ -8,7 +8,7 @@ verifier's modules are imported, then the verdict::
     child -> pool    {hello: 1}    {id, ready: true}    {id, reward} | {id, error, fatal}
 
 What a verifier prints goes nowhere: the real stdout is kept under another descriptor. This keeps
-accidents away (hangs, leaks, stray files and processes); ``isolation`` is the jail for hostile code.
+accidents away (hangs, leaks, stray files and processes); ``isolation`` jails hostile code.
 """
 
 from __future__ import annotations
