@@ -38,7 +38,7 @@ dataset = "unused.jsonl"
 [schedule]
 group_size = 2
 [grader]
-isolation = "preferred"
+isolation = "off"
 processes = 2
 timeout_s = 2.0
 memory_bytes = 536870912
