@@ -19,7 +19,13 @@ from typing import Any
 from ringasync.broker.client import Broker
 from ringasync.broker.types import GradeJob, Verdict
 from ringasync.config.schema import Config
-from ringasync.errors import BrokerUnreachableError, SchemaError, SessionLostError, VerifierError
+from ringasync.errors import (
+    BrokerUnreachableError,
+    EnvironmentRefusedError,
+    SchemaError,
+    SessionLostError,
+    VerifierError,
+)
 from ringasync.observability.log import bind_identity, configure_logging, get_logger
 from ringasync.records.segment import decode_segment
 from ringasync.records.states import Phase
@@ -59,6 +65,16 @@ def tokenizer_decoder(model: str) -> Decode:
     return decode
 
 
+def _check_isolation(pool: VerifierPool, config: Config) -> None:
+    """Raises ``EnvironmentRefusedError`` for a task that would only ever give errors here."""
+    verifiers = {task.verifier for task in config.data.tasks}
+    for verifier in sorted(verifiers):
+        if (refusal := pool.refusal(verifier)) is not None:
+            raise EnvironmentRefusedError(refusal)
+    if pool.not_isolated and config.grader.isolation != "off":
+        log.warning("verifiers_not_isolated", reason=pool.not_isolated, see="docs/sandbox.md")
+
+
 class Grader:
     """Takes grading jobs, asks verifiers, stores verdicts; one for each session.
 
@@ -72,7 +88,14 @@ class Grader:
         self._broker, self._config, self._decode = broker, config, decode
         self._session_id = session_id
         grader = config.grader
-        self._pool = VerifierPool(grader.processes, grader.timeout_s, grader.memory_bytes)
+        self._pool = VerifierPool(
+            grader.processes,
+            grader.timeout_s,
+            grader.memory_bytes,
+            isolation=grader.isolation,
+            readable=grader.readable,
+        )
+        _check_isolation(self._pool, config)
         self._limit = grader.processes * JOBS_PER_PROCESS
         self._tasks: set[asyncio.Task[Verdict | None]] = set()
         self._unsent: list[Verdict] = []

@@ -130,6 +130,12 @@ class GraderConfig(Section):
     timeout_s: float = Field(10.0, gt=0)
     memory_bytes: int = Field(2 << 30, ge=64 << 20)
     max_attempts: int = Field(3, ge=1)
+    isolation: Literal["required", "preferred", "off"] = "required"
+    """Sandbox (bubblewrap) for users' functions and reasoning-gym, see docs/sandbox.md. Where the
+    host has none, ``required`` refuses users' functions and ``preferred`` runs them with a warning.
+    """
+    readable: tuple[str, ...] = ()
+    """Files and folders that the sandbox shows, read-only, beside Python's path."""
 
 
 class BudgetConfig(Section):

@@ -8,7 +8,7 @@ verifier's modules are imported, then the verdict::
     child -> pool    {hello: 1}    {id, ready: true}    {id, reward} | {id, error, fatal}
 
 What a verifier prints goes nowhere: the real stdout is kept under another descriptor. This keeps
-accidents away (hangs, leaks, stray files and processes); it is no jail for hostile code.
+accidents away (hangs, leaks, stray files and processes); ``isolation`` jails hostile code.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import msgpack
 MAX_FRAME_BYTES = 64 << 20
 MAX_ERROR_CHARS = 2000
 _LENGTH_BYTES = 4
+_OPEN_FILES = 256
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _REFUSED_EVENTS = frozenset(
@@ -60,7 +61,7 @@ def main() -> None:
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
     _silence()
     _die_with_parent(int(limits["parent_pid"]))
-    _limit(int(limits["memory_bytes"]))
+    _limit(int(limits["memory_bytes"]), int(limits["file_bytes"]))
     replies.write(pack_frame({"hello": 1}))
     while (job := read_frame(jobs)) is not None:
         reply = _answer(job, replies)
@@ -139,14 +140,16 @@ def _die_with_parent(parent_pid: int) -> None:
     libc = ctypes.CDLL(None)
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
-    if os.getppid() != parent_pid:
+    if parent_pid and os.getppid() != parent_pid:
         sys.exit(0)
 
 
-def _limit(memory_bytes: int) -> None:
-    """Memory, no file contents, no core dumps, no processes (threads are allowed)."""
+def _limit(memory_bytes: int, file_bytes: int) -> None:
+    """Memory, file contents, open files, no core dumps, no processes (threads are allowed)."""
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+    if file_bytes:  # pipes and sockets hold memory that nothing else counts
+        resource.setrlimit(resource.RLIMIT_NOFILE, (_OPEN_FILES, _OPEN_FILES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     sys.addaudithook(_refuse_processes)
 

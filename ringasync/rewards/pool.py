@@ -14,17 +14,27 @@ import os
 import signal
 import sys
 import time
-from asyncio.subprocess import PIPE, Process
-from collections.abc import Mapping
+from asyncio.subprocess import DEVNULL, PIPE, Process
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import msgpack
 import psutil
 
 from ringasync.errors import InvariantError, VerifierCrashError, VerifierError, VerifierTimeoutError
 from ringasync.rewards.child import MAX_FRAME_BYTES, pack_frame
+from ringasync.rewards.isolation import (
+    SCRATCH_BYTES,
+    Sandbox,
+    find_sandbox,
+    sandbox_environment,
+    seccomp_pipe,
+)
+
+Isolation = Literal["required", "preferred", "off"]
+"""See ``grader.isolation`` and docs/sandbox.md."""
 
 START_TIMEOUT_S = 60.0
 """Longest start of a process, and longest import of a verifier's modules."""
@@ -49,7 +59,11 @@ class PoolStats:
 
 
 class VerifierPool:
-    """``processes`` persistent children, started when first needed and replaced when they fail."""
+    """``processes`` persistent children, started when first needed and replaced when they fail.
+
+    As many again, in a sandbox, for the verifiers that run foreign code: the two kinds never share
+    a process.
+    """
 
     def __init__(
         self,
@@ -58,27 +72,54 @@ class VerifierPool:
         memory_bytes: int,
         *,
         start_timeout_s: float = START_TIMEOUT_S,
+        isolation: Isolation = "off",
+        readable: Sequence[str] = (),
     ) -> None:
+        """Tries the sandbox, once a process, unless ``isolation`` is off: some 100 ms."""
         self._timeout_s = timeout_s
         self._memory_bytes = memory_bytes
         self._start_timeout_s = start_timeout_s
-        self._slots: asyncio.LifoQueue[_Child | None] = asyncio.LifoQueue()
-        for _ in range(processes):
-            self._slots.put_nowait(None)
+        self._isolation = isolation
+        found = "it is off" if isolation == "off" else find_sandbox(readable)
+        self._sandbox = found if isinstance(found, Sandbox) else None
+        self.not_isolated = "" if isinstance(found, Sandbox) else found
+        """Why nothing is isolated; empty where it is."""
+        self._slots: dict[bool, asyncio.LifoQueue[_Child | None]] = {}
+        for isolated in (False, True):
+            self._slots[isolated] = asyncio.LifoQueue()
+            for _ in range(processes):
+                self._slots[isolated].put_nowait(None)
         self._alive: set[_Child] = set()
         self._closed = False
         self.stats = PoolStats()
+
+    def refusal(self, verifier: str) -> str | None:
+        """Why ``verifier`` will not be run here, or None: it has the isolation it must have."""
+        if self._sandbox or self._isolation != "required" or not verifier.startswith("python:"):
+            return None
+        return (
+            f"verifier {verifier!r} is foreign code and grader.isolation is 'required', but this "
+            f"host cannot isolate it: {self.not_isolated}. Make bubblewrap work (docs/sandbox.md), "
+            "or set grader.isolation to 'preferred' or 'off' if you trust that code"
+        )
 
     async def verify(self, task: Mapping[str, Any], response: str) -> float:
         """Score one response; waits for a free process.
 
         Raises ``VerifierTimeoutError`` at the time limit and ``VerifierCrashError`` when the
-        verifier raised, died, exceeded a limit or answered no finite number.
+        verifier raised, died, exceeded a limit, answered no finite number, or must be isolated
+        and cannot be.
         """
-        child = await self._slots.get()
+        name = str(task.get("verifier", ""))
+        if (refusal := self.refusal(name)) is not None:
+            self.stats.errors += 1
+            raise VerifierCrashError(refusal)
+        sandbox = self._sandbox if runs_foreign_code(name) else None
+        slots = self._slots[sandbox is not None]
+        child = await slots.get()
         try:
             if child is None or not child.running:
-                child = await self._replace(child)
+                child = await self._replace(child, sandbox)
             began = time.monotonic()
             try:
                 reward = await child.ask(task, response, self._timeout_s, self._start_timeout_s)
@@ -86,7 +127,7 @@ class VerifierPool:
                 if child.began:
                     raise
                 # it died before the verifier ran, most likely while idle: not this job's fault
-                child = await self._replace(child)
+                child = await self._replace(child, sandbox)
                 reward = await child.ask(task, response, self._timeout_s, self._start_timeout_s)
         except VerifierError:
             self.stats.errors += 1
@@ -98,7 +139,7 @@ class VerifierPool:
                 await asyncio.shield(self._kill(child))
             raise
         finally:
-            self._slots.put_nowait(child)
+            slots.put_nowait(child)
         elapsed_s = time.monotonic() - began
         self.stats.verdicts += 1
         self.stats.verify_s += elapsed_s
@@ -110,13 +151,13 @@ class VerifierPool:
         self._closed = True
         await asyncio.gather(*(self._kill(child) for child in list(self._alive)))
 
-    async def _replace(self, child: _Child | None) -> _Child:
+    async def _replace(self, child: _Child | None, sandbox: Sandbox | None) -> _Child:
         if child in self._alive:  # died while it was idle
             await self._kill(child)
         if self._closed:
             raise VerifierCrashError("the pool of verifiers is closed")
         began = time.monotonic()
-        fresh = await _Child.start(self._memory_bytes)
+        fresh = await _Child.start(self._memory_bytes, sandbox)
         self._alive.add(fresh)
         try:
             if self._closed:  # while it started, so that ``close`` did not see it
@@ -135,6 +176,10 @@ class VerifierPool:
         await child.kill()
 
 
+_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+_LIBRARY_SETTINGS = dict.fromkeys(_THREADS, "1") | {"PYTHONDONTWRITEBYTECODE": "1"}
+
+
 class _Child:
     """One verifier process and its two pipes; used by one job at a time."""
 
@@ -148,18 +193,27 @@ class _Child:
         """Whether the process answered to its present job at all."""
 
     @classmethod
-    async def start(cls, memory_bytes: int) -> _Child:
-        limits = json.dumps({"memory_bytes": memory_bytes, "parent_pid": os.getpid()})
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "ringasync.rewards.child",
-            limits,
-            stdin=PIPE,
-            stdout=PIPE,
-            env=_child_environment(),
-            start_new_session=True,
-        )
+    async def start(cls, memory_bytes: int, sandbox: Sandbox | None) -> _Child:
+        limits = {"memory_bytes": memory_bytes, "parent_pid": os.getpid(), "file_bytes": 0}
+        environment = _child_environment()
+        if sandbox is not None:  # bubblewrap is its parent, and sees to its end
+            limits |= {"parent_pid": 0, "file_bytes": SCRATCH_BYTES}
+            environment = sandbox_environment(environment) | _LIBRARY_SETTINGS
+        command = [sys.executable, "-m", "ringasync.rewards.child", json.dumps(limits)]
+        descriptors = [] if sandbox is None else [seccomp_pipe()]
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *(command if sandbox is None else sandbox.command(command, descriptors[0])),
+                stdin=PIPE,
+                stdout=PIPE,
+                stderr=None if sandbox is None else DEVNULL,  # pid 1 of the sandbox keeps it open
+                env=environment,
+                pass_fds=descriptors,
+                start_new_session=True,
+            )
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
         return cls(process)
 
     @property
@@ -241,6 +295,8 @@ class _Child:
             await asyncio.wait_for(self._process.wait(), _EXIT_GRACE_S)
         await self.kill()
         code = self._process.returncode
+        if code and 128 < code <= 128 + signal.SIGSYS:  # bubblewrap's way to say "by a signal"
+            code = 128 - code
         how = f"signal {signal.Signals(-code).name}" if code and code < 0 else f"exit code {code}"
         return self._broken(f"verifier process died ({how})")
 
@@ -252,5 +308,12 @@ class _Child:
 def _child_environment() -> dict[str, str]:
     """The parent's, without ringasync's own (addresses, passwords), one thread for each library."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("RINGASYNC_")}
-    threads = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
-    return kept | dict.fromkeys(threads, "1") | {"PYTHONDONTWRITEBYTECODE": "1"}
+    return kept | _LIBRARY_SETTINGS
+
+
+def runs_foreign_code(verifier: str) -> bool:
+    """Whether the verifier is a user's, or evaluates what the model wrote.
+
+    Several of reasoning-gym's tasks call ``eval`` or sympy's ``parse_expr`` on the answer.
+    """
+    return verifier.startswith(("python:", "reasoning_gym"))

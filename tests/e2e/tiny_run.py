@@ -90,6 +90,7 @@ def tiny_settings(folder: Path, model: Path, **overrides: Any) -> dict[str, Any]
         },
         "schedule": {"group_size": 4, "budget": {"tokens": 1024}, "pool_capacity": 48},
         "learner": {"steps": 8, "lr": 1e-3, "checkpoint_every_steps": 3, "warmup_steps": 1},
+        "grader": {"isolation": "preferred"},
         "eval": {"prompts": 32},
         "observability": {"tensorboard": False, "stall_report_s": 10.0},
     }

@@ -38,6 +38,7 @@ dataset = "unused.jsonl"
 [schedule]
 group_size = 2
 [grader]
+isolation = "off"
 processes = 2
 timeout_s = 2.0
 memory_bytes = 536870912
