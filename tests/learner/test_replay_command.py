@@ -32,6 +32,10 @@ STEPS = 5
 OF_THE_RUN = {"role", "stream", "replayed", "step_s", "tokens_per_s"} | {
     "checkpoint_step",
     "checkpoints_failed",
+    "grad_norm_spike",  # of the learner's own window of norms
+    "grad_norm_median",
+    "train_tflop",
+    "mfu",
 }
 """What a step's line has that a replay does not, or not the same."""
 REPLAY_OF_EXPERTS = """
