@@ -38,10 +38,20 @@ def isolated_pool(limit_s: float = LIMIT_S) -> VerifierPool:
     return VerifierPool(1, limit_s, MEMORY_BYTES, isolation="required")
 
 
+_before: set[psutil.Process] = set()
+"""Children of this process when a test began: the session's Redis, say."""
+
+
+@pytest.fixture(autouse=True)
+def _others() -> None:
+    _before.clear()
+    _before.update(psutil.Process().children(recursive=True))
+
+
 async def until_no_process_is_left() -> None:
     """A kill is a request: the kernel ends a sandbox's processes right after."""
     deadline = time.monotonic() + _DEADLINE_S
-    while left := psutil.Process().children(recursive=True):
+    while left := set(psutil.Process().children(recursive=True)) - _before:
         assert time.monotonic() < deadline, f"still there: {left}"
         await asyncio.sleep(0.01)
 
