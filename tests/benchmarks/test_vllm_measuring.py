@@ -98,6 +98,8 @@ async def _until(traffic: Traffic, count: int) -> None:
 class _Silent(SimpleNamespace):
     """An engine that takes requests and never says a word."""
 
+    renews_kv = False
+
     async def start(self, *_: Any) -> None: ...
 
     async def stop(self) -> None: ...
