@@ -64,9 +64,8 @@ class CheckpointMeta:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Checkpoint:
-    """A checkpoint folder that was found whole; its tensors are in ``tensors_in(path)``."""
+    """A checkpoint that was found whole and restored."""
 
-    path: Path
     meta: CheckpointMeta
     carry: tuple[CarriedRollout, ...]
 
@@ -201,7 +200,7 @@ def load_latest(
             warn(f"checkpoint {path.name} is unusable and passed over: {error}")
             refused.append(f"{path.name}: {error}")
         else:
-            return Checkpoint(path, meta, carry)
+            return Checkpoint(meta, carry)
     if refused:
         raise CheckpointError("no checkpoint can be used: " + "; ".join(refused))
     return None

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from learner.batch import TrainBatch
+from learner.starter_model import model_fields
 from learner.starter_tokenizer import ALPHABET, SPECIAL
 from ringasync.config.model_shape import (
     ModelShape,
@@ -33,24 +34,10 @@ def shape_of_model(config: Config) -> ModelShape | None:
         return None  # the metric is absent; the run goes on
 
 
-def shape_of_starter(starter: StarterConfig) -> ModelShape:
+def shape_of_starter(starter: StarterConfig) -> ModelShape | None:
     """The shape of the model that the project builds."""
-    moe = starter.architecture == "qwen3_moe"
-    return ModelShape(
-        vocab=len(SPECIAL) + len(ALPHABET),
-        hidden=starter.hidden_size,
-        layers=starter.num_layers,
-        heads=starter.num_heads,
-        kv_heads=starter.num_kv_heads,
-        head_dim=starter.head_dim,
-        intermediate=starter.intermediate_size,
-        tied=starter.tie_word_embeddings,
-        qk_norm=True,
-        experts=starter.num_experts if moe else 0,
-        experts_per_token=starter.experts_per_token if moe else 0,
-        moe_intermediate=starter.moe_intermediate_size if moe else 0,
-        moe_layers=starter.num_layers if moe else 0,
-    )
+    fields = model_fields(starter, len(SPECIAL) + len(ALPHABET))
+    return shape_of({"model_type": starter.architecture, **fields})
 
 
 class SpeedGauge:

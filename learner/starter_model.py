@@ -19,6 +19,34 @@ _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 _NEWTON_SCHULZ_STEPS = 5
 
 
+def model_fields(settings: StarterConfig, vocab_size: int) -> dict[str, Any]:
+    """What a ``config.json`` of the starter says of the network, ``model_type`` aside."""
+    common: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": settings.hidden_size,
+        "intermediate_size": settings.intermediate_size,
+        "num_hidden_layers": settings.num_layers,
+        "num_attention_heads": settings.num_heads,
+        "num_key_value_heads": settings.num_kv_heads,
+        "head_dim": settings.head_dim,
+        "tie_word_embeddings": settings.tie_word_embeddings,
+        "pad_token_id": SPECIAL.index(PAD),
+        "eos_token_id": SPECIAL.index(END),
+        "bos_token_id": None,
+    }
+    if settings.architecture == "qwen3":
+        return common
+    return common | {
+        "num_experts": settings.num_experts,
+        "num_experts_per_tok": settings.experts_per_token,
+        "moe_intermediate_size": settings.moe_intermediate_size,
+        "norm_topk_prob": True,  # as in the released Qwen3-MoE models
+        "router_aux_loss_coef": settings.router_aux_loss,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
+
+
 def build_model(settings: StarterConfig, vocab_size: int, window_tokens: int) -> Any:
     """A fresh fp32 Qwen3 or Qwen3-MoE."""
     from transformers import (
@@ -28,34 +56,10 @@ def build_model(settings: StarterConfig, vocab_size: int, window_tokens: int) ->
         Qwen3MoeForCausalLM,
     )
 
-    common: dict[str, Any] = {
-        "vocab_size": vocab_size,
-        "hidden_size": settings.hidden_size,
-        "intermediate_size": settings.intermediate_size,
-        "num_hidden_layers": settings.num_layers,
-        "num_attention_heads": settings.num_heads,
-        "num_key_value_heads": settings.num_kv_heads,
-        "head_dim": settings.head_dim,
-        "max_position_embeddings": window_tokens,
-        "tie_word_embeddings": settings.tie_word_embeddings,
-        "pad_token_id": SPECIAL.index(PAD),
-        "eos_token_id": SPECIAL.index(END),
-        "bos_token_id": None,
-    }
+    fields = model_fields(settings, vocab_size) | {"max_position_embeddings": window_tokens}
     if settings.architecture == "qwen3":
-        return Qwen3ForCausalLM(Qwen3Config(**common))
-    return Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(
-            **common,
-            num_experts=settings.num_experts,
-            num_experts_per_tok=settings.experts_per_token,
-            moe_intermediate_size=settings.moe_intermediate_size,
-            norm_topk_prob=True,  # as in the released Qwen3-MoE models
-            router_aux_loss_coef=settings.router_aux_loss,
-            decoder_sparse_step=1,
-            mlp_only_layers=[],
-        )
-    )
+        return Qwen3ForCausalLM(Qwen3Config(**fields))
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**fields))
 
 
 def build_optimizers(model: Any, settings: StarterConfig) -> list[torch.optim.Optimizer]:

@@ -57,6 +57,8 @@ class KvRenewal:
 
     def absorb(self, chunks: Iterable[TokenChunk]) -> None:
         """Take what was sampled."""
+        if not self._known:  # none is followed where the engine recomputes by itself
+            return
         for chunk in chunks:
             known = self._known.get(chunk.request_id)
             if known is None:
@@ -96,9 +98,8 @@ class KvRenewal:
         requests = []
         for request_id in request_ids:
             known = self._known.get(request_id)
-            if known is None or request_id not in self._due:
+            if known is None:
                 continue
-            del self._due[request_id]
             request = known.request
             requests.append(
                 replace(

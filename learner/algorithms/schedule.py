@@ -25,7 +25,7 @@ def learning_rate(
     rate of 0; updates beyond that number stay there. 0 stays 0.
     """
     if updates_done + 1 < warmup_updates:
-        return peak * min(1.0, (updates_done + 1) / warmup_updates)
+        return peak * ((updates_done + 1) / warmup_updates)
     if schedule == "constant":
         return peak
     at_peak = max(0, warmup_updates - 1)

@@ -12,6 +12,7 @@ from torch import Tensor
 from learner.algorithms.policy_loss import Normalizer, token_denominators
 from learner.backends.routing_replay import pad_routing
 from learner.batch import BatchItem, TrainBatch
+from ringasync.errors import NonFiniteLogprobError
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,6 +37,16 @@ class MicroBatch:
     ages: Tensor
     owners: tuple[str, ...]
     routed_experts: Tensor | None = None
+
+    def nonfinite(self, logprobs: Tensor, whose: str) -> NonFiniteLogprobError | None:
+        """The error that NaN or infinite values among ``logprobs`` [N] are, None without any."""
+        bad = ~torch.isfinite(logprobs.detach())
+        if not bool(bad.any()):
+            return None
+        return NonFiniteLogprobError(
+            f"{whose} gave a non-finite log-prob at {int(bad.sum())} trained tokens, the first in "
+            f"rollout {self.owners[int(self.rows[bad][0])]}; the optimizer step was not made"
+        )
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on ``device``."""

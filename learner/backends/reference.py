@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import structlog
 import torch
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 from learner.backends.collate import MicroBatch
 from learner.backends.routing_replay import replayed_routing
 from learner.backends.token_scores import Positions, TokenScores
-from ringasync.errors import NonFiniteLogprobError
 
 
 class ReferencePolicy:
@@ -44,16 +42,10 @@ class ReferencePolicy:
     def logprobs(self, micro: MicroBatch, temperature: float) -> Tensor:
         """Log-probs fp32 [N] of the trained tokens. Raises ``NonFiniteLogprobError``."""
         wanted = Positions(micro.input_ids, micro.rows, micro.columns, micro.targets)
-        routed = micro.routed_experts
-        with nullcontext() if routed is None else replayed_routing(self._model, routed):
+        with replayed_routing(self._model, micro.routed_experts):
             values, _ = self._scores.score(wanted, temperature)
-        bad = ~torch.isfinite(values)
-        if bool(bad.any()):
-            raise NonFiniteLogprobError(
-                f"the reference policy gave a non-finite log-prob at {int(bad.sum())} trained "
-                f"tokens, the first in rollout {micro.owners[int(micro.rows[bad][0])]}; the "
-                "optimizer step was not made"
-            )
+        if (problem := micro.nonfinite(values, "the reference policy")) is not None:
+            raise problem
         return values
 
     def move(self, device: torch.device) -> None:

@@ -69,8 +69,9 @@ def require_routers(model: nn.Module) -> None:
 
 
 @contextmanager
-def replayed_routing(model: nn.Module, experts: Tensor) -> Iterator[None]:
-    """Within it, forwards of ``model`` on input ids [B, T] use ``experts``, integers [B, T, L, K].
+def replayed_routing(model: nn.Module, experts: Tensor | None) -> Iterator[None]:
+    """Within it, forwards of ``model`` on input ids [B, T] use ``experts``, integers [B, T, L, K];
+    with None they are as ever.
 
     L counts the model's MoE layers, or all its layers. A token and layer with any ``UNKNOWN`` is
     routed by the model. The backward pass may come after the block, unless activations are
@@ -79,6 +80,9 @@ def replayed_routing(model: nn.Module, experts: Tensor) -> Iterator[None]:
     Raises:
         TrainingError: a model whose routers are not known here, or a choice that is none of its.
     """
+    if experts is None:
+        yield
+        return
     routers = find_routers(model)
     chosen = experts.to(device=next(model.parameters()).device, dtype=torch.int64)
     columns = _columns(routers, chosen, model)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +32,7 @@ from learner.backends.torch_state import export_state, import_state, move_state
 from learner.batch import TrainBatch
 from learner.devices import release_cuda_caches, resolve_device
 from ringasync.config.schema import LearnerConfig, LossConfig
-from ringasync.errors import NonFiniteLogprobError, TrainingError
+from ringasync.errors import TrainingError
 from ringasync.runtime import crashpoints
 
 _HOST = torch.device("cpu")
@@ -225,27 +224,17 @@ class TorchBackend:
         when a log-prob is NaN or infinite.
         """
         wanted = Positions(micro.input_ids, micro.rows, micro.columns, micro.targets)
-        with self._replay(micro):
+        with replayed_routing(self._model, micro.routed_experts):
             logprobs, entropy = self._scores.score(
                 wanted,
                 self._settings.temperature,
                 entropy=True,
                 entropy_gradient=self._settings.loss.entropy_coef != 0,
             )
-        bad = ~torch.isfinite(logprobs.detach())
-        if bool(bad.any()):
-            row = int(micro.rows[bad][0])
+        if (problem := micro.nonfinite(logprobs, "the train engine")) is not None:
             self._optimizer.zero_grad(set_to_none=True)
-            raise NonFiniteLogprobError(
-                f"the train engine gave a non-finite log-prob at {int(bad.sum())} trained tokens, "
-                f"the first in rollout {micro.owners[row]}; the optimizer step was not made"
-            )
+            raise problem
         return logprobs, entropy
-
-    def _replay(self, micro: MicroBatch) -> AbstractContextManager[None]:
-        if micro.routed_experts is None:
-            return nullcontext()
-        return replayed_routing(self._model, micro.routed_experts)
 
     def logprobs(
         self, sequences: Sequence[ScoredSequence], *, temperature: float

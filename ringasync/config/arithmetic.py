@@ -129,7 +129,7 @@ def _learner(config: Config, shape: ModelShape) -> Iterator[Derived]:
         # Sharded parameters are gathered, and cast, a layer at a time.
         copies = count / shape.layers if stage >= FULLY_SHARDED and ranks > 1 else count
         parts["bf16 copies of the forward"] = 2.0 * copies
-    if getattr(config.loss, "kl_coef", 0.0) > 0:
+    if config.loss.kl_coef > 0:
         parts["reference model, fp32"] = 4.0 * count / _shards(ranks, stage, 3)
     parts["activations, estimate"] = activation_bytes(config, shape)
     for name, size in parts.items():

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
+import pytest
+
+from ringasync.broker import core
 from ringasync.broker.client import Broker
 from ringasync.broker.types import (
     AppendItem,
@@ -19,6 +23,19 @@ from ringasync.broker.types import (
 from ringasync.records.segment import encode_segment, policy_segment
 
 TTL_MS = 5000
+
+
+@contextmanager
+def altered_scripts(alter: Callable[[str, bytes], bytes]) -> Iterator[None]:
+    """Within it the broker's client sends what ``alter`` makes of each script's name and text."""
+    source = core.script_source
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            core, "script_source", lambda name, simulated: alter(name, source(name, simulated))
+        )
+        core._digest.cache_clear()
+        yield
+    core._digest.cache_clear()
 
 
 def new_group(

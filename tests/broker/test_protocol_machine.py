@@ -212,18 +212,23 @@ class ProtocolMachine(WorkMoves):
         assert len(trained) == len(set(trained))
 
 
-@pytest.mark.timeout(600)
-def test_the_protocol_under_random_moves(redis_server: RedisServer) -> None:
-    """Both versions; the same examples every time unless more are asked for."""
-    machine = type("Machine", (ProtocolMachine,), {"url": redis_server.url})
+def search(machine: type[ProtocolMachine], url: str, examples: int, *, anew: bool = False) -> None:
+    """Raises what the first failing example raises; the same examples every time but ``anew``."""
     run_state_machine_as_test(
-        machine,
+        type("Machine", (machine,), {"url": url}),
         settings=settings(
-            max_examples=EXAMPLES or 80,
+            max_examples=examples,
             stateful_step_count=70,
             deadline=None,
-            derandomize=not EXAMPLES,
-            phases=[Phase.generate] if not EXAMPLES else [Phase.generate, Phase.shrink],
+            derandomize=not anew,
+            phases=[Phase.generate, Phase.shrink] if anew else [Phase.generate],
+            report_multiple_bugs=anew,
             suppress_health_check=list(HealthCheck),
         ),
     )
+
+
+@pytest.mark.timeout(600)
+def test_the_protocol_under_random_moves(redis_server: RedisServer) -> None:
+    """Both versions; the same examples every time unless more are asked for."""
+    search(ProtocolMachine, redis_server.url, EXAMPLES or 80, anew=bool(EXAMPLES))

@@ -6,20 +6,17 @@ might make; the machine of ``test_protocol_machine`` must fail with it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, Phase, settings
-from hypothesis.stateful import run_state_machine_as_test
 
-from ringasync.broker import core
 from tests.conftest import RedisServer
 
+from .kit import altered_scripts
 from .protocol_model import Model
-from .test_protocol_machine import ProtocolMachine
+from .test_protocol_machine import ProtocolMachine, search
 
 pytestmark = pytest.mark.timeout(600)
 EXAMPLES = 60
@@ -117,46 +114,22 @@ BUGS = [
 ]
 
 
-@contextmanager
-def seeded(bug: Bug) -> Iterator[None]:
+def seeded(bug: Bug) -> AbstractContextManager[None]:
     """The broker's client sends the wrong script within."""
-    right = core.script_source
 
-    def source(name: str, simulated: bool) -> bytes:
-        text = right(name, simulated)
+    def alter(name: str, text: bytes) -> bytes:
         if name != bug.script:
             return text
         assert text.count(bug.right.encode()) == 1, f"{bug.script} does not read {bug.right!r} once"
         return text.replace(bug.right.encode(), bug.wrong.encode())
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(core, "script_source", source)
-        core._digest.cache_clear()
-        yield
-    core._digest.cache_clear()
-
-
-def search(machine: type[ProtocolMachine], url: str) -> None:
-    """Raises what the first failing example raises; the same examples every time."""
-    run_state_machine_as_test(
-        type("Machine", (machine,), {"url": url}),
-        settings=settings(
-            max_examples=EXAMPLES,
-            stateful_step_count=70,
-            deadline=None,
-            derandomize=True,
-            database=None,
-            phases=[Phase.generate],
-            report_multiple_bugs=False,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
+    return altered_scripts(alter)
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name.replace(" ", "-"))
 def test_a_wrong_script_is_found(redis_server: RedisServer, bug: Bug) -> None:
     with seeded(bug), pytest.raises(Exception) as found:  # noqa: PT011 - any failure will do
-        search(ProtocolMachine, redis_server.url)
+        search(ProtocolMachine, redis_server.url, EXAMPLES)
     assert found.value is not None
     assert not str(found.value).startswith(bug.script + " does not read"), str(found.value)
 
@@ -196,12 +169,12 @@ def test_a_wrong_learner_is_found(
     redis_server: RedisServer, learner: type[ProtocolMachine]
 ) -> None:
     with pytest.raises(Exception):  # noqa: B017, PT011 - any failure will do
-        search(learner, redis_server.url)
+        search(learner, redis_server.url, EXAMPLES)
 
 
 def test_the_seeding_itself_is_harmless(redis_server: RedisServer) -> None:
     """With nothing replaced the same search passes, so it is the bugs that are found."""
     same: Any = Bug("none", "commit", "free()\n", "free()\n")
     with seeded(same):
-        search(ProtocolMachine, redis_server.url)
+        search(ProtocolMachine, redis_server.url, EXAMPLES)
     assert Model().latest_version == 1

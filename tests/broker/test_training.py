@@ -6,12 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from ringasync.broker import core
-from ringasync.broker.core import script_source
 from ringasync.broker.types import TrainedTokens, VersionInfo
 from ringasync.errors import FencedError, InvariantError, WeightError
 
-from .kit import Kit, payload
+from .kit import Kit, altered_scripts, payload
 
 
 async def test_reserve_journal_commit_train(kit: Kit) -> None:
@@ -199,11 +197,8 @@ async def test_rollouts_without_a_token_are_trained_as_nothing(kit: Kit) -> None
 @pytest.fixture
 def few_groups() -> Iterator[None]:
     """Scripts that keep three ended groups."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(core, "script_source", _few_groups)
-        core._digest.cache_clear()
+    with altered_scripts(lambda _, text: text.replace(b"KEEP_GROUPS = 1024", b"KEEP_GROUPS = 3")):
         yield
-    core._digest.cache_clear()
 
 
 @pytest.mark.usefixtures("few_groups")
@@ -221,8 +216,3 @@ async def test_ended_groups_stay_readable_in_a_bounded_number(kit: Kit) -> None:
     for name in (kit.broker.keys.rollout("g4.0"), kit.broker.keys.group("g4")):
         assert 3500 < await kit.broker.client.ttl(name) <= 3600
     assert await kit.check() == {"trained": 40}
-
-
-def _few_groups(name: str, simulated: bool) -> bytes:
-    source = script_source(name, simulated)
-    return source.replace(b"KEEP_GROUPS = 1024", b"KEEP_GROUPS = 3")

@@ -24,7 +24,9 @@ def test_the_starters_shape_is_that_of_the_model_it_builds(architecture: Any) ->
     settings = StarterConfig(architecture=architecture)
     model = build_model(settings, len(SPECIAL) + len(ALPHABET), 64)
     count = sum(each.numel() for each in model.parameters())
-    assert shape_of_starter(settings).parameters == count
+    shape = shape_of_starter(settings)
+    assert shape is not None
+    assert shape.parameters == count
 
 
 def test_mfu_is_work_over_time_and_peak() -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ringasync.scheduling.admission import Admission, GateSettings, GateView, admit
-from ringasync.scheduling.sim_learner import LearnerSettings, SimResult
-from ringasync.scheduling.simulation import GateRule, simulate_pipelined
-from tests.scheduling.test_simulation import BUDGET, SCENES
+from ringasync.scheduling.sim_learner import SimResult
+from ringasync.scheduling.simulation import GateRule
+from tests.scheduling.test_simulation import BUDGET, SCENES, simulate
 
 STALENESS = 3
 LIMIT = (STALENESS + 1) * BUDGET
@@ -15,12 +15,7 @@ LIMIT = (STALENESS + 1) * BUDGET
 
 def slow_learner(rule: GateRule) -> SimResult:
     """A learner that is slower than its workers: only the gate holds the backlog."""
-    scene = SCENES["slow-learner"]
-    learner = LearnerSettings(25, scene.step_s, scene.filtered, STALENESS, drop_stale=True)
-    gate = GateSettings(BUDGET, STALENESS, scene.world.group_size)
-    return simulate_pipelined(
-        scene.world, learner, gate, scene.lengths, prior_tokens=400.0, seed=0, rule=rule
-    )
+    return simulate(SCENES["slow-learner"], STALENESS, steps=25, rule=rule)
 
 
 def forgets_graded(view: GateView, settings: GateSettings, mean: float) -> Admission:

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
-from ringasync.scheduling.admission import GateSettings
+from ringasync.scheduling.admission import GateSettings, admit
 from ringasync.scheduling.sim_learner import LearnerSettings, SimResult
 from ringasync.scheduling.sim_world import HeavyTail, LengthModel, WorldSettings
-from ringasync.scheduling.simulation import simulate_pipelined
+from ringasync.scheduling.simulation import GateRule, simulate_pipelined
 from tests.scheduling.compare import compare, late_share
 
 BUDGET = 6000
@@ -55,13 +55,14 @@ def simulate(
     drop_stale: bool = True,
     seed: int = 0,
     steps: int = STEPS,
+    rule: GateRule = admit,
 ) -> SimResult:
     learner = LearnerSettings(
         steps, scene.step_s, scene.filtered, max_staleness, drop_stale=drop_stale
     )
     gate = GateSettings(BUDGET, max_staleness, scene.world.group_size, weight)
     return simulate_pipelined(
-        scene.world, learner, gate, scene.lengths, prior_tokens=400.0, seed=seed
+        scene.world, learner, gate, scene.lengths, prior_tokens=400.0, seed=seed, rule=rule
     )
 
 

@@ -35,12 +35,7 @@ async def test_log_probs_are_exact_again_from_the_renewal_on(tmp_path: Path) -> 
 
     def take(chunks: Sequence[TokenChunk]) -> None:
         for one in chunks:
-            into = got.setdefault(one.request_id, Collected())
-            assert into.finish is None, f"{one.request_id} delivered after its end"
-            into.tokens.extend(one.token_ids)
-            into.logprobs.extend(one.behavior_logprobs)
-            into.versions.extend([one.policy_version] * len(one.token_ids))
-            into.finish = one.finish
+            got.setdefault(one.request_id, Collected()).take(one)
         changed.set()
 
     engine.generate = noted  # type: ignore[method-assign]

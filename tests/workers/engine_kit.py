@@ -18,6 +18,7 @@ from workers.engines.base import (
     EngineFinish,
     GenerationRequest,
     SamplingParams,
+    TokenChunk,
 )
 
 TIMEOUT_S = 30.0
@@ -54,6 +55,15 @@ class Collected:
     versions: list[int] = field(default_factory=list)
     finish: EngineFinish | None = None
 
+    def take(self, chunk: TokenChunk) -> None:
+        """Add a chunk, which must not come after the request's end."""
+        assert self.finish is None, f"{chunk.request_id} delivered after its end"
+        assert len(chunk.token_ids) == len(chunk.behavior_logprobs)
+        self.tokens.extend(chunk.token_ids)
+        self.logprobs.extend(chunk.behavior_logprobs)
+        self.versions.extend([chunk.policy_version] * len(chunk.token_ids))
+        self.finish = chunk.finish
+
 
 class Collector:
     """Reads an engine's outputs and checks that nothing comes after a request's end."""
@@ -70,13 +80,7 @@ class Collector:
         async with asyncio.timeout(TIMEOUT_S):
             chunks = await self.engine.outputs()
         for chunk in chunks:
-            into = self[chunk.request_id]
-            assert into.finish is None, f"{chunk.request_id} delivered after its end"
-            assert len(chunk.token_ids) == len(chunk.behavior_logprobs)
-            into.tokens.extend(chunk.token_ids)
-            into.logprobs.extend(chunk.behavior_logprobs)
-            into.versions.extend([chunk.policy_version] * len(chunk.token_ids))
-            into.finish = chunk.finish
+            self[chunk.request_id].take(chunk)
 
     async def until_finished(self, *request_ids: str) -> None:
         """Read until all these requests ended."""

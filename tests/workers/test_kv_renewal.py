@@ -94,12 +94,7 @@ class Run:
 
     def _take(self, chunks: Sequence[TokenChunk]) -> None:
         for one in chunks:
-            into = self.got.setdefault(one.request_id, Collected())
-            assert into.finish is None, f"{one.request_id} delivered after its end"
-            into.tokens.extend(one.token_ids)
-            into.logprobs.extend(one.behavior_logprobs)
-            into.versions.extend([one.policy_version] * len(one.token_ids))
-            into.finish = one.finish
+            self.got.setdefault(one.request_id, Collected()).take(one)
         self.changed.set()
 
     async def begin(self) -> None:
