@@ -266,7 +266,16 @@ class _Child:
             with suppress(psutil.Error):
                 process.kill()
         self._stdin.close()
-        await self._process.wait()
+        await asyncio.gather(self._discard_output(), self._process.wait())
+
+    async def _discard_output(self) -> None:
+        """Read to the end: asyncio counts a process as gone only when its pipes are at their end.
+
+        A reader whose buffer is full reads no more, so a flood would be waited for without end.
+        """
+        with suppress(ConnectionError, RuntimeError):  # RuntimeError: a job still reads by itself
+            while await self._stdout.read(1 << 16):
+                pass
 
     async def _receive(self, timeout_s: float, complaint: str) -> dict[str, Any]:
         try:

@@ -17,7 +17,7 @@ import pytest
 from ringasync.errors import VerifierCrashError, VerifierError, VerifierTimeoutError
 from ringasync.rewards import isolation
 from ringasync.rewards.isolation import find_sandbox
-from ringasync.rewards.pool import VerifierPool
+from ringasync.rewards.pool import Isolation, VerifierPool, _Child
 
 MEMORY_BYTES = 512 << 20
 LIMIT_S = 10.0
@@ -101,6 +101,32 @@ async def test_a_glutton_is_stopped_and_replaced(
         await until_no_process_is_left()
         assert await pool.verify(task_of("good"), "") == 0.5
         assert (pool.stats.starts, pool.stats.errors) == (2, 1)
+    finally:
+        await pool.close()
+
+
+@pytest.mark.parametrize("mode", ["off", pytest.param("required", marks=needs_sandbox)])
+async def test_a_flood_that_nobody_reads_does_not_hold_up_the_kill(
+    monkeypatch: pytest.MonkeyPatch, mode: Isolation
+) -> None:
+    """asyncio's reader stops at a full buffer, and its ``wait`` waits for the end of the pipe."""
+    kill = _Child.kill
+
+    async def late(child: _Child) -> None:
+        async with asyncio.timeout(_DEADLINE_S):
+            while not child._stdout._paused:  # type: ignore[attr-defined]  # not in the stubs
+                await asyncio.sleep(0.01)
+        monkeypatch.setattr(_Child, "kill", kill)
+        await child.kill()
+
+    monkeypatch.setattr(_Child, "kill", late)
+    pool = VerifierPool(1, SHORT_LIMIT_S, MEMORY_BYTES, isolation=mode)
+    try:
+        async with asyncio.timeout(3 * _DEADLINE_S):
+            with pytest.raises(VerifierError):
+                await pool.verify(task_of("endless_output"), "")
+            await until_no_process_is_left()
+            assert await pool.verify(task_of("good"), "") == 0.5
     finally:
         await pool.close()
 
