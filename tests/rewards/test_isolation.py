@@ -113,9 +113,10 @@ async def test_a_flood_that_nobody_reads_does_not_hold_up_the_kill(
     kill = _Child.kill
 
     async def late(child: _Child) -> None:
-        async with asyncio.timeout(_DEADLINE_S):
-            while not child._stdout._paused:  # type: ignore[attr-defined]  # not in the stubs
-                await asyncio.sleep(0.01)
+        deadline = time.monotonic() + _DEADLINE_S
+        while not child._stdout._paused:  # type: ignore[attr-defined]  # not in the stubs
+            assert time.monotonic() < deadline, "the reader's buffer never filled"
+            await asyncio.sleep(0.01)
         monkeypatch.setattr(_Child, "kill", kill)
         await child.kill()
 
