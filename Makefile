@@ -27,7 +27,7 @@ find_python = for p in $(PYTHON) python3.13 python3.12 python3.11 python3; do \
 	then echo $$p; exit 0; fi; done; \
 	echo "ringasync needs Python 3.11 to 3.13; none found on PATH (set PYTHON=...)" >&2; exit 1
 
-.PHONY: help demo install install-dev install-vllm test test-vllm wheel-test lint format types bench clean
+.PHONY: help demo install install-dev install-vllm test test-vllm wheel-test manifests lint format types bench clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -60,6 +60,9 @@ wheel-test: $(BIN)/python ## build the wheel, install it with its dependencies i
 		-c constraints.txt build/wheel-test/*.whl
 	cd build/wheel-test && venv/bin/ringasync --help > /dev/null && venv/bin/ringasync init && \
 		venv/bin/ringasync config --check ringasync.toml
+
+manifests: install-dev ## render the Helm chart into deploy/manifests
+	$(BIN)/python deploy/render.py
 
 lint: install-dev ## ruff: rules and format
 	$(BIN)/ruff check .
