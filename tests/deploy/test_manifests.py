@@ -85,6 +85,14 @@ def test_pods_may_do_little(role: str) -> None:
     assert "memory" in container(role)["resources"]["limits"]
 
 
+@pytest.mark.parametrize("role", ["coordinator", "learner"])
+def test_a_drained_role_is_started_again(role: str) -> None:
+    """A drain ends with exit code 0, which a Job would take for the end of the run."""
+    controller = named("StatefulSet", role, MANIFESTS)["spec"]
+    assert controller["replicas"] == 1
+    assert controller["template"]["spec"]["restartPolicy"] == "Always"
+
+
 def test_password_comes_from_the_secret_alone() -> None:
     assert [each for each in MANIFESTS if each["kind"] == "Secret"] == []
     for role in ROLES:
