@@ -26,7 +26,7 @@ from ringasync.runtime.runfiles import RunRecord
 COMMANDS = (
     *("up", "coordinator", "worker", "learner", "grader", "redis"),
     *("top", "inspect", "samples", "audit", "report", "replay"),
-    *("pause", "resume", "rm", "export", "config"),
+    *("init", "config", "pause", "resume", "rm", "export"),
 )
 TEXT = """
 [run]
