@@ -6,8 +6,10 @@
 FROM docker.io/library/python:3.11-slim-bookworm AS base
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 
+# A compiler, for what has no wheel (pycosat); it stays in this stage.
 FROM base AS build
-RUN python -m venv /opt/venv
+RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends gcc libc6-dev python3-dev \
+ && rm -rf /var/lib/apt/lists/* && python -m venv /opt/venv
 WORKDIR /src
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_COMPILE=1
 
