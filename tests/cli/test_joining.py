@@ -11,9 +11,11 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from ringasync.broker.client import Broker
 from ringasync.broker.embedded import EmbeddedRedis
+from ringasync.cli.main import app
 from ringasync.config.load import config_hash, load_config, resolved_json
 from ringasync.runtime.runfiles import RunRecord, read_record
 
@@ -58,22 +60,29 @@ async def ringasync(*arguments: str | Path) -> tuple[int, str]:
         *(sys.executable, "-m", "ringasync", *map(str, arguments)),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        env=environment | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"},
+        env=environment | {"PYTHONPATH": str(ROOT), "COLUMNS": "200", "HF_HUB_OFFLINE": "1"},
     )
     out, _ = await asyncio.wait_for(process.communicate(), 90)
     return process.returncode or 0, out.decode()
 
 
+async def health(role: str, config_path: Path) -> tuple[int, str]:
+    """The same for ``ringasync health``, which starts nothing: in a thread of this process."""
+    arguments = ["health", role, "--run", str(config_path)]
+    answer = await asyncio.to_thread(CliRunner().invoke, app, arguments)
+    return answer.exit_code, answer.output
+
+
 async def test_health_knows_a_living_session_of_this_host(
     broker: Broker, config_path: Path
 ) -> None:
-    code, out = await ringasync("health", "worker", "--run", config_path)
+    code, out = await health("worker", config_path)
     assert (code, "no worker of host" in out) == (1, True)
     await broker.open_session("w-far", "worker", 60_000, {"host": "elsewhere"})
     await broker.open_session("g-here", "grader", 60_000, {"host": socket.gethostname()})
-    assert (await ringasync("health", "worker", "--run", config_path))[0] == 1
+    assert (await health("worker", config_path))[0] == 1
     await broker.open_session("w-here", "worker", 60_000, {"host": socket.gethostname()})
-    code, out = await ringasync("health", "worker", "--run", config_path)
+    code, out = await health("worker", config_path)
     assert code == 0
     assert "w-here: heartbeat" in out
     assert "w-far" not in out
@@ -85,7 +94,7 @@ async def test_health_is_bad_once_heartbeats_stop(broker: Broker, config_path: P
     # Each question is a round trip to Redis.
     while await broker.now_ms() <= began_ms + 1:
         pass
-    assert (await ringasync("health", "worker", "--run", config_path))[0] == 1
+    assert (await health("worker", config_path))[0] == 1
 
 
 async def test_health_refuses_an_unknown_role(config_path: Path) -> None:
@@ -121,11 +130,10 @@ async def test_redis_of_another_host_without_password_is_refused(config_path: Pa
 async def test_prepare_leaves_the_record_that_other_roles_need(
     broker: Broker, config_path: Path
 ) -> None:
-    """The coordinator then ends for another reason: this run has another configuration."""
+    """The coordinator then ends, for there is no such model."""
     config = load_config(config_path)
     (config.run_dir / "run.json").unlink()
     url = (config.run_dir / "redis" / "redis.url").read_text().strip()
-    await broker.client.hset(broker.keys.meta, "config_hash", "other")
     command = ("coordinator", config_path, "--prepare", "--redis-url", url)
     code, out = await ringasync(*command)
     assert code != 0, out
