@@ -60,6 +60,7 @@ def _register(panel: str, *commands: Callable[..., None]) -> None:
 _register("Run", roles.up, roles.coordinator, roles.worker, roles.learner, roles.grader)
 _register("Run", roles.redis)
 _register("Look", tools.top, tools.inspect, tools.samples, tools.audit, tools.report, replay)
+_register("Look", tools.health)
 _register("Manage", init, config, manage.pause, manage.resume, manage.rm, export)
 
 

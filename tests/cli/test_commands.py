@@ -25,7 +25,7 @@ from ringasync.runtime.runfiles import RunRecord
 
 COMMANDS = (
     *("up", "coordinator", "worker", "learner", "grader", "redis"),
-    *("top", "inspect", "samples", "audit", "report", "replay"),
+    *("top", "inspect", "samples", "audit", "report", "replay", "health"),
     *("init", "config", "pause", "resume", "rm", "export"),
 )
 TEXT = """
