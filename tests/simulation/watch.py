@@ -31,8 +31,8 @@ class Watch:
     def __init__(self, wire: Wire, journal: Path, run: str, gate_tokens: float) -> None:
         self._wire, self._journal, self._run = wire, journal, run
         self._gate_tokens = gate_tokens
-        self.leases: dict[str, tuple[str, str]] = {}
-        """Lease token -> rollout and session that it was given to."""
+        self.leases: dict[tuple[str, str], tuple[str, str]] = {}
+        """Rollout and lease token -> session and nonce of the call that was given it."""
         self.holder: dict[str, str] = {}
         self.lengths: dict[str, int] = {}
         self.fences: dict[tuple[str, int], str] = {}
@@ -77,20 +77,21 @@ class Watch:
     def _take(self, args: tuple[Any, ...], reply: Any) -> None:
         for row in rows_of(reply):
             rollout, length = text(row[0]), int(row[7])
-            self._leased(text(row[2]), rollout, str(args[0]))
+            self._leased(text(row[2]), rollout, (str(args[0]), str(args[3])))
             known = self.lengths.setdefault(rollout, length)
             require(known == length, f"{rollout} had {known} tokens and is leased with {length}")
             self.holder[rollout] = text(row[2])
 
     def _take_grading(self, args: tuple[Any, ...], reply: Any) -> None:
         for row in rows_of(reply):
-            self._leased(text(row[2]), text(row[0]), str(args[0]))
+            self._leased(text(row[2]), text(row[0]), (str(args[0]), str(args[2])))
 
-    def _leased(self, token: str, rollout: str, session: str) -> None:
-        before = self.leases.setdefault(token, (rollout, session))
+    def _leased(self, token: str, rollout: str, caller: tuple[str, str]) -> None:
+        """Tokens of one call differ by rollout; only a repeat of the call is given them again."""
+        before = self.leases.setdefault((rollout, token), caller)
         require(
-            before == (rollout, session),
-            f"lease token {token} of {before} was given to {(rollout, session)} too",
+            before == caller,
+            f"lease token {token} of {rollout}, given to {before}, was given to {caller} too",
         )
 
     def _append_many(self, args: tuple[Any, ...], reply: Any) -> None:

@@ -6,7 +6,6 @@ The commands go to a real server over one blocking connection, in the order of t
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,26 +20,38 @@ from ringasync.broker import core
 from ringasync.broker.keys import Keys
 
 from .schedule import Fault, Schedule
-from .virtual import NumberedTask, VirtualLoop
+from .virtual import EPOCH_S, NumberedTask, VirtualLoop
 
 WIRE_S = 0.0002
 """A command takes so long to Redis, and its answer back."""
 DISK_S = 0.001
 TORCH_S = 0.03
-SORTED = b"""
-local raw_call = redis.call
+DRAWN = b"""
+local raw_call, raw_prefix = redis.call, KEYS[1]
 local call = function(name, ...)
-  local reply = raw_call(name, ...)
-  if name == 'SMEMBERS' then table.sort(reply) end
-  return reply
+  local rest = { ... }
+  if name == 'XADD' and rest[2] == '*' then
+    rest[2] = raw_call('GET', raw_prefix .. 'sim_now') .. '-'
+      .. raw_call('INCR', raw_prefix .. 'sim_id')
+  elseif name == 'TIME' then
+    return { math.floor(raw_call('GET', raw_prefix .. 'sim_now') / 1000), 0 }
+  end
+  return raw_call(name, unpack(rest))
+end
+local function sorted_members(key)
+  local found = raw_call('SMEMBERS', key)
+  table.sort(found)
+  return found
 end
 """
-"""In the place of ``local call``: Redis draws the order of a set's members anew in each process."""
+"""In the place of ``local call``: ids by the virtual clock, and sets in order."""
 
 
-def sort_sets(_name: str, script: bytes) -> bytes:
-    """A script that does not depend on how Redis orders a set."""
-    return script.replace(b"\nlocal call = redis.call\n", SORTED, 1)
+def no_chance(_name: str, script: bytes) -> bytes:
+    """A script without what Redis draws: ids by the real clock, and the order of sets' members."""
+    script = script.replace(b"\nlocal call = redis.call\n", DRAWN, 1)
+    script = script.replace(b"redis.pcall('XADD'", b"call('XADD'")
+    return script.replace(b"call('SMEMBERS', P .. ", b"sorted_members(P .. ")
 
 
 @cache
@@ -82,6 +93,13 @@ class Step:
         return f"{self.number:5d} {self.at_s:9.4f}s {self.who:14s} {self.what}({shown}){reply}"
 
 
+def _in_order(reply: Any) -> Any:
+    """Redis draws the order of a large hash anew in each process."""
+    if isinstance(reply, list):
+        return [_in_order(part) for part in reply]
+    return dict(sorted(reply.items())) if isinstance(reply, dict) else reply
+
+
 def _short(value: Any, limit: int = 40) -> str:
     if isinstance(value, bytes):
         value = value.decode("utf-8", "backslashreplace")
@@ -115,6 +133,8 @@ class Wire:
         self._saved: dict[int, dict[bytes, bytes]] = {}
         self._rng = random.Random(schedule.jitter) if schedule.jitter else None
         self._names = {core._digest(name, True): name for name in script_names()}
+        for name in script_names():  # or the first run of a server would have other steps
+            server.script_load(core.script_source(name, True))
         self._now_ms = -1
         self._jumped_ms = 0
         self.run_id = "server-1"
@@ -230,6 +250,7 @@ class Wire:
                 reply = run()
                 if what == "INFO":
                     reply = {**reply, "run_id": self.run_id}
+                reply = _in_order(reply)
         except redis.RedisError as error:
             return error
         step = Step(number, self.loop.time(), life.name, what, tuple(shown), reply)
@@ -239,7 +260,7 @@ class Wire:
 
     def script(self, args: tuple[Any, ...]) -> Any:
         """A script under the virtual clock; the clock is set in the same round trip."""
-        now_ms = 1_000_000 + int(self.loop.time() * 1000) + self._jumped_ms
+        now_ms = int(EPOCH_S * 1000) + int(self.loop.time() * 1000) + self._jumped_ms
         connection = self._connection
         if now_ms == self._now_ms:
             connection.send_command(*args)
@@ -253,12 +274,7 @@ class Wire:
 
     def peek(self, name: str, *args: Any) -> Any:
         """A script that is no step, for the checks."""
-        source = core.script_source(name, True)
-        digest = hashlib.sha1(source, usedforsecurity=False).hexdigest()
-        try:
-            return self.script(("EVALSHA", digest, 1, self._prefix, *args))
-        except redis.exceptions.NoScriptError:
-            return self.script(("EVAL", source, 1, self._prefix, *args))
+        return self.script(("EVALSHA", core._digest(name, True), 1, self._prefix, *args))
 
     def _note(self, step: Step) -> None:
         self.steps.append(step)
@@ -266,19 +282,22 @@ class Wire:
     # Rollback
 
     def _dump(self) -> dict[bytes, bytes]:
-        keys = [k for k in self.server.scan_iter(self._prefix + "*", 1000) if b"sim_now" not in k]
+        keys = self._saved_keys()
         pipe = self.server.pipeline(transaction=False)
         for key in keys:
             pipe.dump(key)
         return {k: v for k, v in zip(keys, pipe.execute(), strict=True) if v is not None}
 
+    def _saved_keys(self) -> list[bytes]:
+        """All of the run but the clock and the count of stream entries, which only rise."""
+        return sorted(k for k in self.server.scan_iter(self._prefix + "*", 1000) if b":sim_" not in k)
+
     def _roll_back(self, saved: dict[bytes, bytes]) -> None:
         """What a restarted Redis with a shorter append-only file would be, under a new run id."""
         if not saved:
             return
-        keys = [k for k in self.server.scan_iter(self._prefix + "*", 1000) if b"sim_now" not in k]
         pipe = self.server.pipeline(transaction=True)
-        pipe.delete(*keys)
+        pipe.delete(*self._saved_keys())
         for key, value in saved.items():
             pipe.restore(key, 0, value)
         pipe.execute()

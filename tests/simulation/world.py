@@ -46,7 +46,7 @@ from .virtual import NumberedTask, VirtualLoop, virtual_process
 from .watch import ViolationError, Watch
 from .wire import Life, SimRedis, Step, Wire
 
-PROMPTS = 12
+PROMPTS = 8
 GROUP_SIZE = 3
 MAX_NEW_TOKENS = 8
 BUDGET_TOKENS = 24
