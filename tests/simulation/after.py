@@ -15,9 +15,10 @@ from ringasync.records.trajectory import Trajectory
 from tests.coordinator.crew import letters
 from workers.engines.scripted import scripted_logprobs
 
+from . import world
 from .stand_ins import tensors_of
 from .watch import require
-from .world import MAX_STALENESS, PROMPTS, RUN, Simulation
+from .world import MAX_STALENESS, RUN, Simulation
 
 ENDS = {"trained", "filtered", "stale", "purged", "quarantined", "grade_error"}
 
@@ -45,7 +46,10 @@ def check_groups(sim: Simulation, records: list[BatchRecord]) -> None:
         state, index = (text(v or b"") for v in server.hmget(raw, "state", "source_index"))
         place = int(index) if index else journalled.get(group_id, -1)  # forced: no prompt is left
         found.setdefault(place, []).append((group_id, state))
-    require(sorted(found) == list(range(PROMPTS)), f"of {PROMPTS} prompts these came: {found}")
+    require(
+        sorted(found) == list(range(world.PROMPTS)),
+        f"of {world.PROMPTS} prompts these came: {found}",
+    )
     twice = {index: ends for index, ends in found.items() if len(ends) != 1}
     require(not twice, f"prompts with several groups: {twice}")
     odd = {ends[0] for ends in found.values() if ends[0][1] not in ENDS}
@@ -130,5 +134,5 @@ def check_metrics(sim: Simulation) -> None:
     if sim.watch.rollbacks:
         return  # an outcome may be lost with Redis' tail; the groups above are what counts
     ended = {line["group"] for line in lines if line.get("kind") == "outcome"}
-    missing = [f"g{i:06d}" for i in range(PROMPTS) if f"g{i:06d}" not in ended]
+    missing = [f"g{i:06d}" for i in range(world.PROMPTS) if f"g{i:06d}" not in ended]
     require(not missing, f"no outcome is recorded of {missing}")

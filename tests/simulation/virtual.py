@@ -61,7 +61,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         self._tasks_made = 0
         self.on_thread: OnThread | None = None
         self.on_task: Callable[[NumberedTask], None] | None = None
-        self.set_task_factory(self._make_task)
+        self.set_task_factory(self._make_task)  # type: ignore[arg-type]
 
     def time(self) -> float:
         return self._no_wait.now_s

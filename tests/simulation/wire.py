@@ -123,7 +123,7 @@ class Wire:
     ) -> None:
         self.loop, self.server, self._crash = loop, server, crash
         self.keys, self._prefix = keys, keys.prefix
-        self._connection = server.connection_pool.get_connection()
+        self._connection: Any = server.connection_pool.get_connection()
         self._faults = {fault.step: fault for fault in schedule.faults}
         self._saves = {
             max(0, fault.step - fault.ms): fault.step
@@ -290,7 +290,9 @@ class Wire:
 
     def _saved_keys(self) -> list[bytes]:
         """All of the run but the clock and the count of stream entries, which only rise."""
-        return sorted(k for k in self.server.scan_iter(self._prefix + "*", 1000) if b":sim_" not in k)
+        return sorted(
+            k for k in self.server.scan_iter(self._prefix + "*", 1000) if b":sim_" not in k
+        )
 
     def _roll_back(self, saved: dict[bytes, bytes]) -> None:
         """What a restarted Redis with a shorter append-only file would be, under a new run id."""
@@ -313,7 +315,7 @@ class SimRedis(aredis.Redis):
         self._wire, self._life = wire, life
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
-        server = self._wire.server
+        server: Any = self._wire.server
         return await self._wire.command(
             self._life, args, lambda: server.execute_command(*args, **options)
         )
@@ -351,4 +353,3 @@ class SimPipeline:
 
         found: list[Any] = await self._wire.command(self._life, ("PIPELINE", names[:1]), run)
         return found
-

@@ -192,7 +192,7 @@ class Simulation:
                     Step(-1, self.loop.time(), life.name, "ENDS", (type(error).__name__, error))
                 )
                 self.crash(life, 100)
-        except Exception as error:  # noqa: BLE001 - whatever a role dies of is found
+        except Exception as error:
             self.fail(error)
         else:
             if life.alive:
