@@ -19,8 +19,9 @@ from learner.backends.reference import ReferencePolicy
 from learner.backends.router_terms import RouterOutputs, RouterWatch, real_positions
 from ringasync.config.schema import LearnerConfig, LossConfig
 
-TermTotals = defaultdict[str, float]
-"""Sums of the terms over the micro-batches of one update, by metric name."""
+TermTotals = defaultdict[str, Tensor]
+"""Sums of the terms over the micro-batches of one update, by metric name: float64, on the device,
+so that nothing waits for it between micro-batches."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,7 +64,7 @@ class ExtraTerms:
         self._loss = loss
         self._reference: ReferencePolicy | None = None
         if loss.kl_coef:
-            self._reference = ReferencePolicy(model, prepare, dtype, learner.logprob_chunk_tokens)
+            self._reference = ReferencePolicy(model, prepare, dtype, learner)
         # After the copy: the reference needs no hooks.
         self._routers: RouterWatch | None = None
         if loss.router_balance_coef or loss.router_z_coef:
@@ -112,10 +113,10 @@ class ExtraTerms:
         if not terms:
             return policy_term
         whole = policy_term
-        totals["loss_policy"] += float(policy_term.detach())
+        totals["loss_policy"] = totals["loss_policy"] + policy_term.detach().double()
         for name, coefficient, value in terms:
             whole = whole + coefficient * value
-            totals[name] += float(value.detach())
+            totals[name] = totals[name] + value.detach().double()
         return whole
 
     def move(self, device: torch.device) -> None:

@@ -13,22 +13,32 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from learner.algorithms.metrics import TokenStats, concatenate
+from learner.algorithms.metrics import concatenate
 from learner.algorithms.mismatch import MismatchWeights, log_mismatch_ratio, make_mismatch
 from learner.algorithms.policy_loss import policy_loss
 from learner.algorithms.schedule import learning_rate
 from learner.backends.base import ScoredSequence, StepResult
-from learner.backends.collate import MicroBatch, collate, pad_rows, plan_microbatches
+from learner.backends.collate import (
+    MicroBatch,
+    Positions,
+    collate,
+    pad_rows,
+    plan_microbatches,
+)
 from learner.backends.experts import use_autocast_experts
 from learner.backends.export import export_hf
 from learner.backends.extra_terms import ExtraTerms, FixedInputs, ScoredTokens, TermTotals
 from learner.backends.heads import use_float32_head
+from learner.backends.layers import prepare_layers
+from learner.backends.packing import choose_packing, use_packed_attention
 from learner.backends.pretrained import load_causal_lm
 from learner.backends.routers import freeze_routers
 from learner.backends.routing_replay import replayed_routing, require_routers
+from learner.backends.step_timer import StepTimer
 from learner.backends.tensor_files import TensorSaver, read_tensors
-from learner.backends.token_scores import Positions, TokenScores
+from learner.backends.token_scores import TokenScores
 from learner.backends.torch_state import export_state, import_state, move_state
+from learner.backends.trained import TrainedMicroBatch
 from learner.batch import TrainBatch
 from learner.devices import release_cuda_caches, resolve_device
 from ringasync.config.schema import LearnerConfig, LossConfig
@@ -68,6 +78,9 @@ class TorchBackend:
         home = _HOST if settings.begin_offloaded else self._device
         self._model = model.to(device=home, dtype=torch.float32)
         self._model.eval()  # dropout would falsify log-probs; gradients flow all the same
+        self._packing = choose_packing(
+            self._model, settings.learner.packing, self._device, settings.dtype
+        )
         self._terms = ExtraTerms(
             self._model, settings.loss, self._prepare, settings.dtype, settings.learner
         )
@@ -86,6 +99,8 @@ class TorchBackend:
             betas=settings.learner.betas,
             eps=settings.learner.adam_eps,
             weight_decay=settings.learner.weight_decay,
+            # One kernel for all parameters; its counters of steps lie beside them.
+            fused=True if self._device.type == "cuda" else None,
         )
         self._updates = 0
         self._saver = TensorSaver()
@@ -97,12 +112,21 @@ class TorchBackend:
             kpop_phi=settings.loss.kpop_phi,
         )
         self._scores = TokenScores(
-            self._model, settings.dtype, settings.learner.logprob_chunk_tokens
+            self._model,
+            settings.dtype,
+            settings.learner.logprob_chunk_tokens,
+            compiled=settings.learner.compile,
         )
 
     def _prepare(self, model: nn.Module) -> None:
         """Let the forwards of a loaded model be those of the settings."""
+        learner = self._settings.learner
         use_autocast_experts(model)
+        if self._packing is not None:
+            use_packed_attention(model)
+        prepare_layers(
+            model, checkpointing=learner.activation_checkpointing, compiled=learner.compile
+        )
         if self._settings.head_dtype == "float32" and self._settings.dtype != torch.float32:
             use_float32_head(model, self._settings.dtype)
 
@@ -133,68 +157,121 @@ class TorchBackend:
                 microbatch_tokens=learner.microbatch_tokens,
                 normalizer=loss.normalizer,
                 routing=loss.routing_replay,
+                packing=self._packing,
             )
         ]
+        timer = StepTimer(self._device)
         proximal: list[Tensor] | None = None
         if learner.updates_per_batch > 1:
-            with torch.no_grad():
-                proximal = [self._token_logprobs(micro)[0] for micro in micro_batches]
+            with torch.no_grad(), timer.part("forward"):
+                proximal = self._proximal(micro_batches)
         fixed = self._terms.prepare_batch(micro_batches, self._settings.temperature)
         results = [
-            self._update(micro_batches, proximal, fixed) for _ in range(learner.updates_per_batch)
+            self._update(micro_batches, proximal, fixed, timer)
+            for _ in range(learner.updates_per_batch)
         ]
         first, last = results[0], results[-1]
         return StepResult(
-            first.loss, first.grad_norm, last.lr, len(results), last.tokens, first.terms
+            first.loss,
+            first.grad_norm,
+            last.lr,
+            len(results),
+            last.tokens,
+            first.terms,
+            timer.seconds(),
         )
+
+    def _proximal(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+        logprobs = []
+        for micro in micro_batches:
+            with replayed_routing(self._model, micro.routed_experts):
+                logprobs.append(self._token_logprobs(micro)[0])
+        self._require_finite(micro_batches, logprobs)
+        return logprobs
 
     def _update(
         self,
         micro_batches: Sequence[MicroBatch],
         proximal: Sequence[Tensor] | None,
         fixed: Sequence[FixedInputs],
+        timer: StepTimer,
     ) -> StepResult:
-        loss_config = self._settings.loss
         self._optimizer.zero_grad(set_to_none=True)
-        total, stats, terms = 0.0, [], TermTotals(float)
-        for index, micro in enumerate(micro_batches):
-            with self._terms.watch() as routers:
-                policy, entropy = self._token_logprobs(micro)
-            anchor = policy.detach() if proximal is None else proximal[index]
-            mask = torch.ones_like(micro.targets, dtype=torch.bool)
-            weights = self._mismatch.weights(anchor, micro.behavior_logprobs, mask)
-            result = policy_loss(
-                policy_logprobs=policy,
-                proximal_logprobs=anchor,
-                advantages=micro.advantages,
-                weights=weights,
-                inverse_denominators=micro.inverse_denominators,
-                mask=mask,
-                clip_low=loss_config.clip_low,
-                clip_high=loss_config.clip_high,
+        terms = TermTotals(lambda: torch.zeros((), dtype=torch.float64, device=self._device))
+        # Nothing in this loop waits for the device: what is to be read of it is read after it.
+        done = [
+            self._accumulate(
+                micro, None if proximal is None else proximal[index], fixed[index], terms, timer
             )
-            scored = ScoredTokens(micro, policy, entropy, routers)
-            loss = self._terms.add_to(result.loss, scored, fixed[index], terms)
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
-            stats.append(
-                TokenStats(
-                    _array(log_mismatch_ratio(anchor, micro.behavior_logprobs, mask)),
-                    _array(weights),
-                    micro.ages.cpu().numpy(),
-                    result.clipped.cpu().numpy(),
-                    _array(entropy),
-                )
-            )
-        grad_norm = self._clip_gradients()
-        lr = self._next_lr()
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        crashpoints.reach("stepping", self._updates)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+            for index, micro in enumerate(micro_batches)
+        ]
+        self._require_finite(micro_batches, [one.policy for one in done])
+        with timer.part("optimizer"):
+            grad_norm = self._clip_gradients()
+            lr = self._next_lr()
+            for group in self._optimizer.param_groups:
+                group["lr"] = lr
+            crashpoints.reach("stepping", self._updates)
+            self._optimizer.step()
+            self._optimizer.zero_grad(set_to_none=True)
         self._updates += 1
-        return StepResult(total, grad_norm, lr, 1, concatenate(stats), dict(terms))
+        total = float(sum(one.loss.double() for one in done))
+        named = {name: float(value) for name, value in terms.items()}
+        tokens = concatenate([one.stats() for one in done])
+        return StepResult(total, grad_norm, lr, 1, tokens, named)
+
+    def _accumulate(
+        self,
+        micro: MicroBatch,
+        proximal: Tensor | None,
+        fixed: FixedInputs,
+        terms: TermTotals,
+        timer: StepTimer,
+    ) -> TrainedMicroBatch:
+        """Add the gradient of one micro-batch."""
+        loss_config = self._settings.loss
+        # Around the backward pass too: checkpointed layers run again in it, by the same routing.
+        with replayed_routing(self._model, micro.routed_experts):
+            with timer.part("forward"):
+                with self._terms.watch() as routers:
+                    policy, entropy = self._token_logprobs(micro)
+                anchor = policy.detach() if proximal is None else proximal
+                mask = torch.ones_like(micro.targets, dtype=torch.bool)
+                weights = self._mismatch.weights(anchor, micro.behavior_logprobs, mask)
+                result = policy_loss(
+                    policy_logprobs=policy,
+                    proximal_logprobs=anchor,
+                    advantages=micro.advantages,
+                    weights=weights,
+                    inverse_denominators=micro.inverse_denominators,
+                    mask=mask,
+                    clip_low=loss_config.clip_low,
+                    clip_high=loss_config.clip_high,
+                )
+                scored = ScoredTokens(micro, policy, entropy, routers)
+                loss = self._terms.add_to(result.loss, scored, fixed, terms)
+            with timer.part("backward"):
+                loss.backward()  # type: ignore[no-untyped-call]
+        return TrainedMicroBatch(
+            loss.detach(),
+            policy.detach(),
+            log_mismatch_ratio(anchor, micro.behavior_logprobs, mask),
+            weights,
+            micro.ages,
+            result.clipped,
+            entropy.detach(),
+        )
+
+    def _require_finite(
+        self, micro_batches: Sequence[MicroBatch], logprobs: Sequence[Tensor]
+    ) -> None:
+        """Raises ``NonFiniteLogprobError`` when a log-prob is NaN or infinite."""
+        if not logprobs or bool(torch.stack([torch.isfinite(one).all() for one in logprobs]).all()):
+            return
+        self._optimizer.zero_grad(set_to_none=True)
+        for micro, values in zip(micro_batches, logprobs, strict=True):
+            if (problem := micro.nonfinite(values, "the train engine")) is not None:
+                raise problem
 
     def _next_lr(self) -> float:
         learner = self._settings.learner
@@ -218,23 +295,13 @@ class TorchBackend:
         return norm
 
     def _token_logprobs(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Log-probs fp32 [N] (with gradient when enabled) and entropy [N] of the trained tokens.
-
-        Where the batch has routed experts, the forward runs those. Raises ``NonFiniteLogprobError``
-        when a log-prob is NaN or infinite.
-        """
-        wanted = Positions(micro.input_ids, micro.rows, micro.columns, micro.targets)
-        with replayed_routing(self._model, micro.routed_experts):
-            logprobs, entropy = self._scores.score(
-                wanted,
-                self._settings.temperature,
-                entropy=True,
-                entropy_gradient=self._settings.loss.entropy_coef != 0,
-            )
-        if (problem := micro.nonfinite(logprobs, "the train engine")) is not None:
-            self._optimizer.zero_grad(set_to_none=True)
-            raise problem
-        return logprobs, entropy
+        """Log-probs fp32 [N] (with gradient when enabled) and entropy [N] of the trained tokens."""
+        return self._scores.score(
+            micro.positions,
+            self._settings.temperature,
+            entropy=True,
+            entropy_gradient=self._settings.loss.entropy_coef != 0,
+        )
 
     def logprobs(
         self, sequences: Sequence[ScoredSequence], *, temperature: float
@@ -274,7 +341,8 @@ class TorchBackend:
         rows = torch.arange(num_sequences, device=self._device)
         for length in range(1, num_tokens + 1):
             columns = torch.full_like(rows, length - 1)
-            logits = self._scores.logits(ids.to(self._device), rows, columns)
+            wanted = Positions(ids.to(self._device), rows, columns, rows)
+            logits = self._scores.logits(wanted).float()
             chosen = torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator)
             ids = torch.cat([ids, chosen], dim=1)
         return [ScoredSequence((int(row[0]),), tuple(row[1:].tolist())) for row in ids]
@@ -308,7 +376,3 @@ class TorchBackend:
     def save_hf(self, directory: Path) -> None:
         """See ``Backend.save_hf``; tokenizer files are copied from the starting model's folder."""
         export_hf(self._model, directory, dtype=self._settings.dtype, source=self._source)
-
-
-def _array(values: Tensor) -> npt.NDArray[np.float64]:
-    return values.detach().double().cpu().numpy()

@@ -56,13 +56,18 @@ def import_state(
 def move_state(model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
     """Move parameters, buffers and moments to ``device`` in place, without loss of a bit.
 
-    The optimizer keeps its parameters; AdamW's step counters stay in main memory as they were.
+    The optimizer keeps its parameters; AdamW's step counters stay in main memory as they were,
+    unless it is the fused one, which has them beside the parameters.
     """
     model.to(device)
     for moments in optimizer.state.values():
-        for key in ("exp_avg", "exp_avg_sq"):
+        for key in _beside_parameters(optimizer):
             if key in moments:
                 moments[key] = moments[key].to(device)
+
+
+def _beside_parameters(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    return _MOMENTS if optimizer.defaults.get("fused") else _MOMENTS[1:]
 
 
 def _checked(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -93,7 +98,7 @@ def _import_moments(
             if f"optim.{name}.{key}" in state
         }
         if moments:
-            for key in ("exp_avg", "exp_avg_sq"):
+            for key in _beside_parameters(optimizer):
                 moments[key] = moments[key].to(parameter.device)
             optimizer.state[parameter] = moments
 

@@ -146,7 +146,7 @@ def activation_bytes(config: Config, shape: ModelShape) -> float:
     tokens = max(learner.microbatch_tokens, config.model.max_model_len_tokens)
     layer = tokens * shape.activation_values_a_token() * width
     body = shape.layers * layer
-    if getattr(learner, "activation_checkpointing", False):
+    if learner.activation_checkpointing:
         body = shape.layers * tokens * shape.hidden * width + layer
     rows = min(learner.logprob_chunk_tokens or tokens, tokens)
     return float(body + 2 * 4 * rows * shape.vocab)  # logits and their gradient, fp32

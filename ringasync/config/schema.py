@@ -233,6 +233,18 @@ class LearnerConfig(Section):
     updates_per_batch: int = Field(1, ge=1)
     """Optimizer steps a batch; above 1 the proximal pass is run."""
     microbatch_tokens: int = Field(16384, ge=1)
+    """What one forward holds. A sequence above it is alone in its micro-batch."""
+    packing: Literal["auto", "varlen", "sequences", "off"] = "auto"
+    """How micro-batches are laid out. ``off``: rows padded to the longest. Else sequences stand one
+    behind the other without padding, and attention runs by one kernel for all (``varlen``: bfloat16
+    on CUDA) or one sequence after the other (``sequences``); ``auto`` takes the first where it
+    can be had. Models that cannot be packed are padded all the same; the log tells why."""
+    activation_checkpointing: bool = False
+    """Keep only the input of each layer for the backward pass, which then runs the layer again: a
+    third more work, and memory for long rollouts."""
+    compile: bool = False
+    """torch.compile of layers and log-softmax. The first steps take a minute or so longer; needs a
+    C compiler."""
     logprob_chunk_tokens: int = Field(1024, ge=0)
     """Positions whose logits are in memory at once; a training step computes them twice where a
     micro-batch has more trained tokens. 0: those of a whole micro-batch, each once."""
