@@ -23,7 +23,7 @@ class NaiveStep:
 
     def __init__(self, model: Any, learner: LearnerConfig, dtype: torch.dtype) -> None:
         """Starts a process group of one."""
-        import deepspeed
+        import deepspeed  # type: ignore[import-untyped]
 
         self._learner = learner
         self._device = next(model.parameters()).device
@@ -89,4 +89,5 @@ class NaiveStep:
         chosen = every.gather(-1, micro.input_ids[:, 1:, None]).squeeze(-1)
         policy = chosen[micro.rows, micro.columns]
         ratio = (policy - policy.detach()).exp()
-        return -(ratio * micro.advantages * micro.inverse_denominators).sum()
+        loss: Tensor = -(ratio * micro.advantages * micro.inverse_denominators).sum()
+        return loss

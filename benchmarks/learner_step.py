@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ def checkpoints(arguments: argparse.Namespace, shape: ModelShape, size: int) -> 
     if arguments.checkpointing != "auto":
         return bool(arguments.checkpointing == "on")
     tokens = max(size, arguments.microbatch_tokens)
-    return shape.layers * tokens * shape.activation_values_a_token() * 2 > KEPT_BYTES
+    return bool(shape.layers * tokens * shape.activation_values_a_token() * 2 > KEPT_BYTES)
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -169,7 +170,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def padding(lengths: list[int] | tuple[int, ...], limit: int, arm: str) -> float:
+def padding(lengths: Sequence[int], limit: int, arm: str) -> float:
     """Share of the positions that are padding."""
     from learner.backends.collate import plan_microbatches
 

@@ -10,9 +10,8 @@ Shape legend: S sequences, T tokens of all, H heads, K heads of keys and values,
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -20,6 +19,17 @@ import structlog
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from ringasync.errors import TrainingError
+
+_kernel: Callable[..., Any] | None
+try:
+    from torch.nn.attention.varlen import varlen_attn as _kernel
+except ImportError:  # before torch 2.10
+    _kernel = None
+_takes_window = _kernel is not None and "window_size" in inspect.signature(_kernel).parameters
+# Settled here, as a compiled layer cannot ask. First a flag said causal, later a window.
+_CAUSAL: dict[str, Any] = {"window_size": (-1, 0)} if _takes_window else {"is_causal": True}
 
 Attention = Literal["varlen", "sequences"]
 """``varlen``: one kernel for all sequences (bfloat16 on CUDA). ``sequences``: torch's own attention
@@ -85,7 +95,7 @@ def choose_packing(
             "learner.packing has no effect: rows are padded", model=type(model).__name__, why=why
         )
         return None
-    able = device.type == "cuda" and dtype == torch.bfloat16 and has_varlen()
+    able = device.type == "cuda" and dtype == torch.bfloat16 and _kernel is not None
     if mode == "varlen" and not able:
         log.warning(
             "learner.packing = 'varlen' needs bfloat16 on CUDA and torch.nn.attention.varlen: "
@@ -136,16 +146,6 @@ def packing_problem(model: Any) -> str:
     return "" if off <= _PROBE_TOLERANCE else f"a packed row changes its logits by {off:.1e}"
 
 
-@cache
-def has_varlen() -> bool:
-    """Whether this torch has the kernel for sequences of several lengths."""
-    try:
-        import torch.nn.attention.varlen  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -163,13 +163,14 @@ def packed_attention(
     if cu_seq_lens_q is None or max_length_q is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        return sdpa_attention_forward(
+        padded: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, **kwargs
         )
+        return padded
     if cu_seq_lens_q.is_cuda:
         dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-        rows = [one[0].transpose(0, 1).to(dtype or one.dtype) for one in (query, key, value)]
-        return _varlen(*rows, cu_seq_lens_q, max_length_q, scaling)[None], None
+        q, k, v = (one[0].transpose(0, 1).to(dtype or one.dtype) for one in (query, key, value))
+        return _varlen(q, k, v, cu_seq_lens_q, max_length_q, scaling)[None], None
     return _by_sequence(query, key, value, cu_seq_lens_q, scaling), None
 
 
@@ -177,13 +178,15 @@ def _varlen(
     query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scale: float | None
 ) -> Tensor:
     """[T, H, D], [T, K, D] twice to [T, H, D]."""
-    from torch.nn.attention.varlen import varlen_attn
-
+    if _kernel is None:
+        raise TrainingError("this torch has no torch.nn.attention.varlen: learner.packing = 'auto'")
+    usual = query.shape[-1] ** -0.5
+    if scale is not None and scale != usual:
+        query = query * (scale / usual)  # the first of these kernels took no scale
     groups = query.shape[1] // key.shape[1]
     if groups > 1:  # not every torch's kernel shares heads of keys in the backward pass
         key, value = (one.repeat_interleave(groups, dim=1) for one in (key, value))
-    flags = _varlen_flags()
-    result: Tensor = varlen_attn(  # type: ignore[assignment]
+    result: Tensor = _kernel(
         query.contiguous(),
         key.contiguous(),
         value.contiguous(),
@@ -191,19 +194,9 @@ def _varlen(
         bounds,
         longest,
         longest,
-        **flags,
-        **({} if scale is None else {"scale": scale}),
+        **_CAUSAL,
     )
     return result
-
-
-@cache
-def _varlen_flags() -> dict[str, Any]:
-    """How this torch is told that attention is causal: by a flag at first, by a window later."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    names = inspect.signature(varlen_attn).parameters
-    return {"window_size": (-1, 0)} if "window_size" in names else {"is_causal": True}
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -25,7 +25,7 @@ class StepTimer:
             yield
             self._add(name, time.perf_counter() - began)
             return
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first, last = _event(), _event()
         first.record()
         yield
         last.record()
@@ -41,3 +41,7 @@ class StepTimer:
 
     def _add(self, name: str, seconds: float) -> None:
         self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

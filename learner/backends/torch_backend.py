@@ -328,7 +328,10 @@ class TorchBackend:
         )
         targets = torch.tensor([token for one in sequences for token in one.token_ids])
         ids = pad_rows([one.prompt_ids + one.token_ids for one in sequences])
-        wanted = Positions(*(one.to(self._device) for one in (ids, rows, columns, targets)))
+        ids, rows, columns, targets = (
+            one.to(self._device) for one in (ids, rows, columns, targets)
+        )
+        wanted = Positions(ids, rows, columns, targets)
         values, _ = self._scores.score(wanted, temperature)
         return [part.cpu().numpy() for part in torch.split(values, counts)]
 
