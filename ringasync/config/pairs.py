@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 def impossible_pairs(config: Config) -> list[str]:
     """One sentence for each: the keys, the rule and the remedy."""
-    every = (_lengths, _schedule, _replay, _rolling, _routers)
+    every = (_lengths, _schedule, _replay, _rolling, _routers, _compiled)
     return [problem for check in every for problem in check(config)]
 
 
@@ -99,4 +99,18 @@ def _routers(config: Config) -> Iterator[str]:
         yield (
             "loss.router_balance_coef and loss.router_z_coef above 0 need starter.architecture = "
             '"qwen3_moe": a dense model has no router; set them to 0'
+        )
+
+
+def _compiled(config: Config) -> Iterator[str]:
+    loss = config.loss
+    hooked = {
+        "loss.routing_replay = true": loss.routing_replay,
+        "loss.router_balance_coef above 0": loss.router_balance_coef > 0,
+        "loss.router_z_coef above 0": loss.router_z_coef > 0,
+    }
+    if config.learner.compile and (names := [name for name, on in hooked.items() if on]):
+        yield (
+            f"learner.compile = true cannot go with {', '.join(names)}: hooks on routers are no "
+            "part of a compiled layer; set learner.compile = false"
         )
