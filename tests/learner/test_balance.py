@@ -22,16 +22,16 @@ def test_a_sequence_above_the_limit_is_alone() -> None:
 
 def test_the_costliest_go_to_the_rank_with_the_least_work() -> None:
     assert plan([70, 50, 50, 30], 2, 100) == [[[0, 3]], [[1, 2]]]
-    # By tokens the last two go to the second rank. Where attention costs as much as the matrices
-    # at one token already, 90 is 8190 and 50 and 40 together are 4190: the second gets all three.
-    assert plan([90, 50, 40, 30], 2, 200, even_tokens=10**9) == [[[0, 3]], [[1, 2]]]
-    assert plan([90, 50, 40, 30], 2, 200, even_tokens=1) == [[[0]], [[1, 2, 3]]]
+    # By tokens 50 and 45 are more than 90, so 30 goes to the first rank. Where attention costs as
+    # much as the matrices at one token already, 90 is 8190, 50 and 45 are 4620 together.
+    assert plan([90, 50, 45, 30], 2, 200, even_tokens=10**9) == [[[0, 3]], [[1, 2]]]
+    assert plan([90, 50, 45, 30], 2, 200, even_tokens=1) == [[[0]], [[1, 2, 3]]]
 
 
 def test_ranks_get_equally_many_micro_batches() -> None:
     assert plan([100, 60, 50, 40], 2, 100, even_tokens=1) == [[[0], []], [[1, 3], [2]]]
-    # 60, 30 and 10 of the second rank would fit in one; the first has two, so they are parted
-    assert plan([100, 60, 30, 10, 5], 2, 100, even_tokens=10**9) == [
+    # 60, 30 and 11 of the second rank would fit in one; the first has two, so they are parted
+    assert plan([100, 60, 30, 11, 5], 2, 101, even_tokens=10**9) == [
         [[0], [4]],
         [[1, 3], [2]],
     ]
