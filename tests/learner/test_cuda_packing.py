@@ -30,20 +30,20 @@ LOSS = LossConfig(mismatch="none")
 def attend(attention: str, dtype: torch.dtype, heads: int, kv_heads: int) -> list[Tensor]:
     """Output and gradients of q, k, v in float32, from the same numbers each time."""
     generator = torch.Generator("cuda").manual_seed(0)
-    rows = [
+    q, k, v = (
         torch.randn(1, count, sum(LENGTHS), 64, device="cuda", generator=generator)
         .to(torch.bfloat16)
         .to(dtype)
         .requires_grad_()
         for count in (heads, kv_heads, kv_heads)
-    ]
+    )
     packing = Packing.of(LENGTHS, attention).to(torch.device("cuda"))  # type: ignore[arg-type]
     output, _ = packed_attention(
-        nn.Module(), *rows, None, 64**-0.5, 0.0, packing.bounds, max(LENGTHS)
+        nn.Module(), q, k, v, None, 64**-0.5, 0.0, packing.bounds, max(LENGTHS)
     )
     weights = torch.randn(output.shape, device="cuda", generator=generator)
     (output.float() * weights).sum().backward()  # type: ignore[no-untyped-call]
-    return [output.float(), *(one.grad.float() for one in rows if one.grad is not None)]
+    return [output.float(), *(one.grad.float() for one in (q, k, v) if one.grad is not None)]
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (8, 2)])

@@ -145,14 +145,15 @@ def test_attention_that_crosses_sequences_is_seen(monkeypatch: pytest.MonkeyPatc
     plain = packing._by_sequence
 
     def leaking(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, scale: float | None) -> Tensor:
-        return plain(q, k, v, bounds[[0, -1]], scale)
+        whole: Tensor = plain(q, k, v, bounds[[0, -1]], scale)
+        return whole
 
     monkeypatch.setattr(packing, "_by_sequence", leaking)
     assert "a packed row changes its logits" in packing_problem(tiny_model())
 
 
 def test_a_probed_model_is_left_as_it_came_and_padded_rows_stay_as_they_are() -> None:
-    model = tiny_model()
+    model: Any = tiny_model()
     before = model.config._attn_implementation
     ids = torch.arange(1, 21).reshape(2, 10) % VOCAB
     plain = model(input_ids=ids).logits
@@ -168,7 +169,7 @@ def test_varlen_where_it_cannot_be_had_runs_by_sequence_and_says_so() -> None:
     assert any("'varlen' needs" in line["event"] for line in logs)
 
 
-class _Reads(TorchDispatchMode):
+class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts values that the program waits for."""
 
     count = 0
