@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import structlog
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from learner.backends.base import StepResult
@@ -47,7 +48,7 @@ def check_same_step(
         torch.testing.assert_close(gradient, other[1][name], rtol=1e-4, atol=2e-6, msg=name)
 
 
-MODELS = {
+MODELS: dict[str, Callable[[], nn.Module]] = {
     "gqa": lambda: tiny_model(tied=True),
     "moe": lambda: tiny_moe(tied=False),
     "llama": lambda: small("llama"),
@@ -186,7 +187,7 @@ def reads_of(batch: TrainBatch, limit: int) -> tuple[int, int]:
     backend = TorchBackend(tiny_model(), TorchSettings(learner, loss))
     micros = collate(batch, microbatch_tokens=limit, normalizer="budget", packing="sequences")
     fixed = backend._terms.prepare_batch(micros, 1.0)
-    with _Reads() as reads:
+    with _Reads() as reads:  # type: ignore[no-untyped-call]
         backend._update(micros, None, fixed, StepTimer(CPU))
     return len(micros), reads.count
 
