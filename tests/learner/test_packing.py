@@ -51,6 +51,8 @@ def check_same_step(
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "gqa": lambda: tiny_model(tied=True),
     "moe": lambda: tiny_moe(tied=False),
+    # Rotary positions are relative; learned ones show whether each sequence begins at 0.
+    "learned-positions": lambda: small("opt", ffn_dim=48, word_embed_proj_dim=32),
     "llama": lambda: small("llama"),
     "qwen2": lambda: small("qwen2"),
     "logits-scaled": lambda: small("granite", logits_scaling=2.0),
