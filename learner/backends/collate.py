@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -47,6 +47,10 @@ class MicroBatch:
             f"{whose} gave a non-finite log-prob at {int(bad.sum())} trained tokens, the first in "
             f"rollout {self.owners[int(self.rows[bad][0])]}; the optimizer step was not made"
         )
+
+    def without_weight(self) -> MicroBatch:
+        """The same with denominators that take it out of every sum."""
+        return replace(self, inverse_denominators=torch.zeros_like(self.inverse_denominators))
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on ``device``."""

@@ -1,4 +1,4 @@
-"""The plain torch train engine: one process, AdamW, fp32 master weights."""
+"""The plain torch train engine: AdamW, fp32 master weights; one process, or shards by FSDP2."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from learner.algorithms.metrics import TokenStats, concatenate
 from learner.algorithms.mismatch import MismatchWeights, log_mismatch_ratio, make_mismatch
@@ -24,15 +25,23 @@ from learner.backends.export import export_hf
 from learner.backends.extra_terms import ExtraTerms, FixedInputs, ScoredTokens, TermTotals
 from learner.backends.heads import use_float32_head
 from learner.backends.pretrained import load_causal_lm
+from learner.backends.ranks import Ranks
 from learner.backends.routers import freeze_routers
 from learner.backends.routing_replay import replayed_routing, require_routers
-from learner.backends.tensor_files import TensorSaver, read_tensors
+from learner.backends.sharding import RankGroup, ShardedScores, placements, shard
+from learner.backends.tensor_files import TensorSaver, read_shards, read_tensors
 from learner.backends.token_scores import Positions, TokenScores
-from learner.backends.torch_state import export_state, import_state, move_state
+from learner.backends.torch_state import (
+    check_state,
+    export_state,
+    import_state,
+    make_optimizer,
+    move_state,
+)
 from learner.batch import TrainBatch
 from learner.devices import release_cuda_caches, resolve_device
 from ringasync.config.schema import LearnerConfig, LossConfig
-from ringasync.errors import TrainingError
+from ringasync.errors import CheckpointError, NonFiniteLogprobError, TrainingError
 from ringasync.runtime import crashpoints
 
 _HOST = torch.device("cpu")
@@ -58,14 +67,24 @@ class TorchSettings:
 
 
 class TorchBackend:
-    """``Backend`` on a Hugging Face causal LM in this process."""
+    """``Backend`` on a Hugging Face causal LM in this process, or on this rank's shards of one."""
 
-    def __init__(self, model: nn.Module, settings: TorchSettings, source: str = "") -> None:
-        """Take a loaded ``model``; ``source`` is the folder its tokenizer files are copied from."""
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: TorchSettings,
+        source: str = "",
+        group: RankGroup | None = None,
+    ) -> None:
+        """Take a loaded ``model``; ``source`` is the folder its tokenizer files are copied from.
+
+        With a ``group`` each of its ranks makes the same calls, and holds a shard of all state.
+        """
         self._settings = settings
         self._source = source
-        self._device = resolve_device(settings.learner.device)
-        home = _HOST if settings.begin_offloaded else self._device
+        self._ranks = Ranks() if group is None else group.ranks
+        self._device = resolve_device(settings.learner.device) if group is None else group.device
+        home = _HOST if settings.begin_offloaded or group is not None else self._device
         self._model = model.to(device=home, dtype=torch.float32)
         self._model.eval()  # dropout would falsify log-probs; gradients flow all the same
         self._terms = ExtraTerms(
@@ -75,29 +94,23 @@ class TorchBackend:
         if settings.loss.routing_replay:
             require_routers(self._model)
         freeze_routers(self._model, settings.learner.freeze_router)
-        self._params = [each for each in self._model.parameters() if each.requires_grad]
-        groups: list[dict[str, Any]] = [
-            {"params": [p for p in self._params if p.ndim >= 2]},
-            {"params": [p for p in self._params if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        self._optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=settings.learner.lr,
-            betas=settings.learner.betas,
-            eps=settings.learner.adam_eps,
-            weight_decay=settings.learner.weight_decay,
+        self._scores: TokenScores | ShardedScores = TokenScores(
+            self._model, settings.dtype, settings.learner.logprob_chunk_tokens
         )
+        if group is not None:  # after the probe of the head, which runs on the whole model
+            self._scores = shard(self._model, self._scores, group)
+            self._terms.move(self._device)
+        self._params = [each for each in self._model.parameters() if each.requires_grad]
+        self._optimizer = make_optimizer(self._params, settings.learner)
         self._updates = 0
-        self._saver = TensorSaver()
+        self._problem: NonFiniteLogprobError | None = None
+        self._saver = TensorSaver(None if group is None else group.saving)
         self._mismatch: MismatchWeights = make_mismatch(
             settings.loss.mismatch,
             mask_low=settings.loss.mask_low,
             mask_high=settings.loss.mask_high,
             tis_cap=settings.loss.tis_cap,
             kpop_phi=settings.loss.kpop_phi,
-        )
-        self._scores = TokenScores(
-            self._model, settings.dtype, settings.learner.logprob_chunk_tokens
         )
 
     def _prepare(self, model: nn.Module) -> None:
@@ -107,10 +120,12 @@ class TorchBackend:
             use_float32_head(model, self._settings.dtype)
 
     @classmethod
-    def from_pretrained(cls, path: str, settings: TorchSettings) -> TorchBackend:
+    def from_pretrained(
+        cls, path: str, settings: TorchSettings, group: RankGroup | None = None
+    ) -> TorchBackend:
         """Load any HF causal LM folder or hub name. Raises ``TrainingError`` when it cannot be."""
         torch.manual_seed(settings.seed)
-        return cls(load_causal_lm(path), settings, source=path)
+        return cls(load_causal_lm(path), settings, source=path, group=group)
 
     @property
     def model(self) -> nn.Module:
@@ -126,22 +141,24 @@ class TorchBackend:
         """See ``Backend.train_batch``. One update needs no proximal pass: theta_old is the present
         forward, detached; with more, log-probs are taken once before the first update."""
         learner, loss = self._settings.learner, self._settings.loss
-        micro_batches = [
-            micro.to(self._device)
-            for micro in collate(
-                batch,
-                microbatch_tokens=learner.microbatch_tokens,
-                normalizer=loss.normalizer,
-                routing=loss.routing_replay,
-            )
-        ]
+        whole = collate(
+            batch,
+            microbatch_tokens=learner.microbatch_tokens,
+            normalizer=loss.normalizer,
+            routing=loss.routing_replay,
+        )
+        own, real = self._ranks.share(whole)
+        micro_batches = [micro.to(self._device) for micro in own]
         proximal: list[Tensor] | None = None
         if learner.updates_per_batch > 1:
             with torch.no_grad():
                 proximal = [self._token_logprobs(micro)[0] for micro in micro_batches]
-        fixed = self._terms.prepare_batch(micro_batches, self._settings.temperature)
+            self._agree()
+        temperature = self._settings.temperature
+        fixed = self._terms.prepare_batch(micro_batches, temperature, self._ranks, real)
         results = [
-            self._update(micro_batches, proximal, fixed) for _ in range(learner.updates_per_batch)
+            self._update(micro_batches, proximal, fixed, real)
+            for _ in range(learner.updates_per_batch)
         ]
         first, last = results[0], results[-1]
         return StepResult(
@@ -153,6 +170,7 @@ class TorchBackend:
         micro_batches: Sequence[MicroBatch],
         proximal: Sequence[Tensor] | None,
         fixed: Sequence[FixedInputs],
+        real: Sequence[bool] | None = None,
     ) -> StepResult:
         loss_config = self._settings.loss
         self._optimizer.zero_grad(set_to_none=True)
@@ -175,8 +193,11 @@ class TorchBackend:
             )
             scored = ScoredTokens(micro, policy, entropy, routers)
             loss = self._terms.add_to(result.loss, scored, fixed[index], terms)
-            loss.backward()  # type: ignore[no-untyped-call]
+            # Shards of a gradient are averaged over the ranks; a sum is wanted.
+            (loss * self._ranks.size).backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
+            if real is not None and not real[index]:
+                continue
             stats.append(
                 TokenStats(
                     _array(log_mismatch_ratio(anchor, micro.behavior_logprobs, mask)),
@@ -186,6 +207,9 @@ class TorchBackend:
                     _array(entropy),
                 )
             )
+        self._agree()
+        total, *sums = self._ranks.sum([total, *terms.values()])
+        whole_terms = dict(zip(terms, sums, strict=True))
         grad_norm = self._clip_gradients()
         lr = self._next_lr()
         for group in self._optimizer.param_groups:
@@ -194,7 +218,8 @@ class TorchBackend:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._updates += 1
-        return StepResult(total, grad_norm, lr, 1, concatenate(stats), dict(terms))
+        tokens = self._ranks.join_stats(concatenate(stats))
+        return StepResult(total, grad_norm, lr, 1, tokens, whole_terms)
 
     def _next_lr(self) -> float:
         learner = self._settings.learner
@@ -208,7 +233,8 @@ class TorchBackend:
         )
 
     def _clip_gradients(self) -> float:
-        norm = float(nn.utils.clip_grad_norm_(self._params, self._settings.learner.grad_clip))
+        whole = nn.utils.clip_grad_norm_(self._params, self._settings.learner.grad_clip)
+        norm = float(whole.full_tensor() if isinstance(whole, DTensor) else whole)
         if not np.isfinite(norm):
             self._optimizer.zero_grad(set_to_none=True)
             raise TrainingError(
@@ -221,7 +247,8 @@ class TorchBackend:
         """Log-probs fp32 [N] (with gradient when enabled) and entropy [N] of the trained tokens.
 
         Where the batch has routed experts, the forward runs those. Raises ``NonFiniteLogprobError``
-        when a log-prob is NaN or infinite.
+        when a log-prob is NaN or infinite: at once when alone, else at the next ``_agree``, for the
+        other ranks wait in their forwards and backwards for this rank's.
         """
         wanted = Positions(micro.input_ids, micro.rows, micro.columns, micro.targets)
         with replayed_routing(self._model, micro.routed_experts):
@@ -232,9 +259,19 @@ class TorchBackend:
                 entropy_gradient=self._settings.loss.entropy_coef != 0,
             )
         if (problem := micro.nonfinite(logprobs, "the train engine")) is not None:
-            self._optimizer.zero_grad(set_to_none=True)
-            raise problem
+            self._problem = self._problem or problem
+            if self._ranks.size == 1:
+                self._agree()
         return logprobs, entropy
+
+    def _agree(self) -> None:
+        """Raise on all ranks what one of them met since the last call."""
+        problem, self._problem = self._problem, None
+        try:
+            self._ranks.agree(problem)
+        except NonFiniteLogprobError:
+            self._optimizer.zero_grad(set_to_none=True)
+            raise
 
     def logprobs(
         self, sequences: Sequence[ScoredSequence], *, temperature: float
@@ -281,7 +318,13 @@ class TorchBackend:
 
     def state_dict(self) -> dict[str, Tensor]:
         """All state by flat name (see ``tensor_files``). The tensors may alias live state."""
-        return export_state(self._model, self._optimizer, self._updates, self._device)
+        state = export_state(self._model, self._optimizer, self._updates, self._device)
+        # Nothing is drawn from torch's generators in training, so one rank's stand for all.
+        return {
+            name: tensor
+            for name, tensor in state.items()
+            if self._ranks.rank == 0 or isinstance(tensor, DTensor)
+        }
 
     def begin_save(self, directory: Path) -> Future[None]:
         """See ``Backend.begin_save``."""
@@ -289,7 +332,17 @@ class TorchBackend:
 
     def load(self, directory: Path) -> None:
         """See ``Backend.load``."""
-        state = read_tensors(directory)
+        if self._ranks.size == 1:
+            state = read_tensors(directory)
+            self._updates = import_state(self._model, self._optimizer, state, self._device)
+            return
+        problem: CheckpointError | None = None
+        try:
+            state = read_shards(directory, placements(self._model))
+            check_state(self._model, state)
+        except CheckpointError as error:
+            problem = error
+        self._ranks.agree(problem)
         self._updates = import_state(self._model, self._optimizer, state, self._device)
 
     def offload(self) -> None:
@@ -307,7 +360,13 @@ class TorchBackend:
 
     def save_hf(self, directory: Path) -> None:
         """See ``Backend.save_hf``; tokenizer files are copied from the starting model's folder."""
-        export_hf(self._model, directory, dtype=self._settings.dtype, source=self._source)
+        export_hf(
+            self._model,
+            directory,
+            dtype=self._settings.dtype,
+            source=self._source,
+            write=self._ranks.rank == 0,
+        )
 
 
 def _array(values: Tensor) -> npt.NDArray[np.float64]:
