@@ -113,12 +113,13 @@ def serve(local: Backend, ranks: Ranks) -> None:
                 ranks.broadcast(None)
             return
         try:
-            saving = _make_call(local, call, arguments) or saving
+            saving = make_call(local, call, arguments) or saving
         except RingError as error:
             log.warning("refused by all ranks", call=call, error=str(error))
 
 
-def _make_call(local: Backend, call: str, arguments: list[Any]) -> Future[None] | None:
+def make_call(local: Backend, call: str, arguments: list[Any]) -> Future[None] | None:
+    """Make on this rank what rank 0 told; the future of a save."""
     match call:
         case "train_batch":
             local.train_batch(unpack_batch(arguments[0]))

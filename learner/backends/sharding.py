@@ -61,8 +61,13 @@ class RankGroup:
         dist.init_process_group(
             backend, timeout=_NEVER, device_id=device if device.type == "cuda" else None
         )
-        mesh = init_device_mesh(device.type, (started,))
-        commands, saving = (dist.new_group(backend="gloo", timeout=_NEVER) for _ in range(2))
+        return cls.form(device)
+
+    @classmethod
+    def form(cls, device: torch.device, timeout: timedelta = _NEVER) -> RankGroup:
+        """The groups of all ranks of this process's default group."""
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        commands, saving = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
         return cls(mesh, device, Ranks(cast(ProcessGroup, commands)), cast(ProcessGroup, saving))
 
 
