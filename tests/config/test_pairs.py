@@ -64,3 +64,30 @@ def test_router_losses_are_refused_for_a_dense_starter(name: str) -> None:
         Config.model_validate(settings)
     Config.model_validate({**settings, "starter": {"architecture": "qwen3_moe"}})
     Config.model_validate({**settings, "model": {"path": "some/model"}})
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule", "remedy"),
+    [
+        ({"learner": {"device": "cuda:1"}}, "learner.device = 'cuda:1'", "CUDA_VISIBLE_DEVICES"),
+        (
+            {"schedule": {"mode": "rounds", "colocated": True}},
+            "schedule.colocated = true",
+            "set learner.ranks = 1",
+        ),
+    ],
+)
+def test_ranks_are_refused_where_they_cannot_be(
+    changes: dict[str, dict[str, Any]], rule: str, remedy: str
+) -> None:
+    settings: dict[str, Any] = {
+        "data": {"tasks": [{"name": "sums", "kind": "mathematics"}]},
+        **changes,
+        "learner": {"ranks": 2} | changes.get("learner", {}),
+    }
+    with pytest.raises(ValidationError, match=r"learner\.ranks = 2 cannot go with") as refused:
+        Config.model_validate(settings)
+    assert rule in str(refused.value)
+    assert remedy in str(refused.value)
+    settings["learner"]["ranks"] = 1
+    Config.model_validate(settings)
