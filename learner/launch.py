@@ -7,12 +7,13 @@ SIGINT to rank 0 and ends with rank 0's exit code.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from types import FrameType
 
 import psutil
@@ -93,24 +94,28 @@ def launch(learner: LearnerConfig, argv: list[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, pass_on)
     watch_parent()
+    # It warns that it cannot handle signals in a thread: that is done here, and ranks that are
+    # orphaned are killed by the kernel.
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.ERROR)
     job.thread.start()
-    first = _watch(job.thread)
+    gone = _watch(job.thread)
     if job.problem is not None:
         raise job.problem
-    return _exit_code(job.failures, first)
+    return _exit_code(job.failures, gone)
 
 
-def _watch(agent: threading.Thread) -> int:
-    """Wait for the agent; once a rank is gone, see that the others end soon. Returns which rank
-    was: in a life that ends well it is rank 0, see ``ranked.serve``."""
+def _watch(agent: threading.Thread) -> set[int]:
+    """Wait for the agent; once a rank is gone, see that the others end soon. Returns which ranks
+    were at the first look: in a life that ends well rank 0 is the first, see ``ranked.serve``."""
     known: dict[int, psutil.Process] = {}
-    first, since_s = 0, 0.0
+    first: set[int] = set()
+    since_s = 0.0
     while agent.is_alive():
         agent.join(_POLL_S)
         alive = _ranks()
         gone = known.keys() - alive.keys()
         if gone and not since_s:
-            first, since_s = min(gone), time.monotonic()
+            first, since_s = gone, time.monotonic()
         known |= alive
         if since_s and time.monotonic() - since_s > GRACE_S:
             for process in alive.values():
@@ -130,10 +135,22 @@ def _ranks() -> dict[int, psutil.Process]:
     return found
 
 
-def _exit_code(failures: Mapping[int, ProcessFailure], first: int) -> int:
+def first_to_go(gone: Set[int], exit_codes: Mapping[int, int]) -> int:
+    """Which of the ranks ``gone`` between two looks took the others along: rather one that a
+    signal killed than one that ended by itself, for want of the other; and none that the agent
+    ended by SIGTERM."""
+
+    def order(rank: int) -> tuple[bool, bool, int]:
+        return exit_codes[rank] == -signal.SIGTERM, exit_codes[rank] >= 0, rank
+
+    return min((gone & exit_codes.keys()) or exit_codes.keys(), key=order)
+
+
+def _exit_code(failures: Mapping[int, ProcessFailure], gone: set[int]) -> int:
     """Rank 0's own code where it has one: `ringasync up` knows by it what no restart can mend."""
     if not failures:
         return 0
+    first = first_to_go(gone, {rank: one.exitcode for rank, one in failures.items()})
     for rank, failure in sorted(failures.items()):
         note = "; it went first, and the job with it" if rank == first else ""
         print(

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from learner.launch import first_to_go
 from ringasync.errors import CheckpointError, ConfigError
 
 from ..conftest import RedisServer
@@ -149,6 +150,15 @@ async def test_two_ranks_train_and_one_goes_on_as_if_it_had_trained_all(
         assert row["loss"] == pytest.approx(expected[row["step"]], rel=1e-5, abs=1e-7)
         assert ("2 ranks" in row["arithmetic"]) == (row["step"] in first)
     await check_ledger(feeder, 5 * 120)
+
+
+def test_the_rank_that_took_the_others_along_is_found_among_those_gone_at_once() -> None:
+    killed, ended = -int(signal.SIGKILL), -int(signal.SIGTERM)
+    assert first_to_go({0, 1}, {0: ended, 1: killed}) == 1
+    assert first_to_go({0, 1}, {0: 1, 1: killed}) == 1
+    assert first_to_go({0, 1}, {0: 7, 1: 7}) == 0
+    assert first_to_go({0}, {0: killed, 1: killed}) == 0
+    assert first_to_go({1}, {0: ended}) == 0  # the other left in peace
 
 
 @pytest.mark.parametrize("whom", ["rank 1", "rank 0", "launcher"])
