@@ -6,7 +6,7 @@ Shape legend: B rows (1 when packed), L length of a row, N trained tokens, S seq
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -88,6 +88,10 @@ class MicroBatch:
         if self.packing is None:
             return self.owners[int(self.rows[token])]
         return self.owners[self.packing.sequence_at(int(self.columns[token]))]
+
+    def without_weight(self) -> MicroBatch:
+        """The same with denominators that take it out of every sum."""
+        return replace(self, inverse_denominators=torch.zeros_like(self.inverse_denominators))
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on ``device``."""

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from learner.algorithms.extra_losses import kl_values, normalized_sum
 from learner.backends.collate import MicroBatch
+from learner.backends.ranks import Ranks
 from learner.backends.reference import ReferencePolicy
 from learner.backends.router_terms import RouterOutputs, RouterWatch, real_positions
 from ringasync.config.schema import LearnerConfig, LossConfig
+from ringasync.errors import NonFiniteLogprobError
 
 TermTotals = defaultdict[str, Tensor]
 """Sums of the terms over the micro-batches of one update, by metric name: float64, on the device,
@@ -71,16 +73,36 @@ class ExtraTerms:
             self._routers = RouterWatch(model)
 
     def prepare_batch(
-        self, micro_batches: Sequence[MicroBatch], temperature: float
+        self,
+        micro_batches: Sequence[MicroBatch],
+        temperature: float,
+        ranks: Ranks | None = None,
+        real: Sequence[bool] | None = None,
     ) -> list[FixedInputs]:
         """Score the reference once, and see how much of the batch each micro-batch is.
 
-        Raises ``NonFiniteLogprobError``.
+        ``ranks`` share the batch; ``real`` is False for what only fills a rank up, see
+        ``Ranks.share``. Raises ``NonFiniteLogprobError``, on all ranks.
         """
+        ranks = ranks or Ranks()
         shares = [0.0] * len(micro_batches)
         if self._routers is not None:
             counts = [int(real_positions(micro).sum()) for micro in micro_batches]
-            shares = [count / sum(counts) for count in counts]
+            for index, counted in enumerate(real or ()):
+                counts[index] *= counted
+            (whole,) = ranks.sum([sum(counts)])
+            shares = [count / whole for count in counts]
+        problem: NonFiniteLogprobError | None = None
+        try:
+            fixed = self._fixed_inputs(micro_batches, temperature, shares)
+        except NonFiniteLogprobError as error:
+            problem = error
+        ranks.agree(problem)
+        return fixed
+
+    def _fixed_inputs(
+        self, micro_batches: Sequence[MicroBatch], temperature: float, shares: Sequence[float]
+    ) -> list[FixedInputs]:
         return [
             FixedInputs(
                 None if self._reference is None else self._reference.logprobs(micro, temperature),

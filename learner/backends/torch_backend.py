@@ -1,22 +1,24 @@
-"""The plain torch train engine: one process, AdamW, fp32 master weights."""
+"""The plain torch train engine: AdamW, fp32 master weights; one process, or shards by FSDP2."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from learner.algorithms.metrics import concatenate
-from learner.algorithms.mismatch import MismatchWeights, log_mismatch_ratio, make_mismatch
-from learner.algorithms.policy_loss import policy_loss
+from learner.algorithms.mismatch import MismatchWeights, make_mismatch
 from learner.algorithms.schedule import learning_rate
+from learner.backends.accumulation import Accumulation
 from learner.backends.base import ScoredSequence, StepResult
 from learner.backends.collate import (
     MicroBatch,
@@ -27,22 +29,29 @@ from learner.backends.collate import (
 )
 from learner.backends.experts import use_autocast_experts
 from learner.backends.export import export_hf
-from learner.backends.extra_terms import ExtraTerms, FixedInputs, ScoredTokens, TermTotals
+from learner.backends.extra_terms import ExtraTerms, FixedInputs, TermTotals
 from learner.backends.heads import use_float32_head
 from learner.backends.layers import prepare_layers
 from learner.backends.packing import choose_packing, use_packed_attention
 from learner.backends.pretrained import load_causal_lm
+from learner.backends.ranks import Ranks
 from learner.backends.routers import freeze_routers
 from learner.backends.routing_replay import replayed_routing, require_routers
+from learner.backends.sharding import RankGroup, ShardedScores, placements, shard
 from learner.backends.step_timer import StepTimer
-from learner.backends.tensor_files import TensorSaver, read_tensors
+from learner.backends.tensor_files import TensorSaver, read_shards, read_tensors
 from learner.backends.token_scores import TokenScores
-from learner.backends.torch_state import export_state, import_state, move_state
-from learner.backends.trained import TrainedMicroBatch
+from learner.backends.torch_state import (
+    check_state,
+    export_state,
+    import_state,
+    make_optimizer,
+    move_state,
+)
 from learner.batch import TrainBatch
 from learner.devices import release_cuda_caches, resolve_device
 from ringasync.config.schema import LearnerConfig, LossConfig
-from ringasync.errors import TrainingError
+from ringasync.errors import CheckpointError, NonFiniteLogprobError, TrainingError
 from ringasync.runtime import crashpoints
 
 _HOST = torch.device("cpu")
@@ -68,14 +77,24 @@ class TorchSettings:
 
 
 class TorchBackend:
-    """``Backend`` on a Hugging Face causal LM in this process."""
+    """``Backend`` on a Hugging Face causal LM in this process, or on this rank's shards of one."""
 
-    def __init__(self, model: nn.Module, settings: TorchSettings, source: str = "") -> None:
-        """Take a loaded ``model``; ``source`` is the folder its tokenizer files are copied from."""
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: TorchSettings,
+        source: str = "",
+        group: RankGroup | None = None,
+    ) -> None:
+        """Take a loaded ``model``; ``source`` is the folder its tokenizer files are copied from.
+
+        With a ``group`` each of its ranks makes the same calls, and holds a shard of all state.
+        """
         self._settings = settings
         self._source = source
-        self._device = resolve_device(settings.learner.device)
-        home = _HOST if settings.begin_offloaded else self._device
+        self._ranks = Ranks() if group is None else group.ranks
+        self._device = resolve_device(settings.learner.device) if group is None else group.device
+        home = _HOST if settings.begin_offloaded or group is not None else self._device
         self._model = model.to(device=home, dtype=torch.float32)
         self._model.eval()  # dropout would falsify log-probs; gradients flow all the same
         self._packing = choose_packing(
@@ -88,22 +107,21 @@ class TorchBackend:
         if settings.loss.routing_replay:
             require_routers(self._model)
         freeze_routers(self._model, settings.learner.freeze_router)
+        self._scores: TokenScores | ShardedScores = TokenScores(
+            self._model,
+            settings.dtype,
+            settings.learner.logprob_chunk_tokens,
+            compiled=settings.learner.compile,
+        )
+        if group is not None:  # after the probe of the head, which runs on the whole model
+            self._scores = shard(self._model, self._scores, group)
+            self._terms.move(self._device)
         self._params = [each for each in self._model.parameters() if each.requires_grad]
-        groups: list[dict[str, Any]] = [
-            {"params": [p for p in self._params if p.ndim >= 2]},
-            {"params": [p for p in self._params if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        self._optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=settings.learner.lr,
-            betas=settings.learner.betas,
-            eps=settings.learner.adam_eps,
-            weight_decay=settings.learner.weight_decay,
-            # One kernel for all parameters; its counters of steps lie beside them.
-            fused=True if self._device.type == "cuda" else None,
+        self._optimizer = make_optimizer(
+            self._params, settings.learner, fused=self._device.type == "cuda"
         )
         self._updates = 0
-        self._saver = TensorSaver()
+        self._saver = TensorSaver(None if group is None else group.saving)
         self._mismatch: MismatchWeights = make_mismatch(
             settings.loss.mismatch,
             mask_low=settings.loss.mask_low,
@@ -111,11 +129,13 @@ class TorchBackend:
             tis_cap=settings.loss.tis_cap,
             kpop_phi=settings.loss.kpop_phi,
         )
-        self._scores = TokenScores(
+        self._accumulation = Accumulation(
             self._model,
-            settings.dtype,
-            settings.learner.logprob_chunk_tokens,
-            compiled=settings.learner.compile,
+            self._token_logprobs,
+            self._terms,
+            self._mismatch,
+            settings.loss,
+            self._ranks.size,
         )
 
     def _prepare(self, model: nn.Module) -> None:
@@ -131,10 +151,12 @@ class TorchBackend:
             use_float32_head(model, self._settings.dtype)
 
     @classmethod
-    def from_pretrained(cls, path: str, settings: TorchSettings) -> TorchBackend:
+    def from_pretrained(
+        cls, path: str, settings: TorchSettings, group: RankGroup | None = None
+    ) -> TorchBackend:
         """Load any HF causal LM folder or hub name. Raises ``TrainingError`` when it cannot be."""
         torch.manual_seed(settings.seed)
-        return cls(load_causal_lm(path), settings, source=path)
+        return cls(load_causal_lm(path), settings, source=path, group=group)
 
     @property
     def model(self) -> nn.Module:
@@ -150,24 +172,24 @@ class TorchBackend:
         """See ``Backend.train_batch``. One update needs no proximal pass: theta_old is the present
         forward, detached; with more, log-probs are taken once before the first update."""
         learner, loss = self._settings.learner, self._settings.loss
-        micro_batches = [
-            micro.to(self._device)
-            for micro in collate(
-                batch,
-                microbatch_tokens=learner.microbatch_tokens,
-                normalizer=loss.normalizer,
-                routing=loss.routing_replay,
-                packing=self._packing,
-            )
-        ]
+        whole = collate(
+            batch,
+            microbatch_tokens=learner.microbatch_tokens,
+            normalizer=loss.normalizer,
+            routing=loss.routing_replay,
+            packing=self._packing,
+        )
+        own, real = self._ranks.share(whole)
+        micro_batches = [micro.to(self._device) for micro in own]
         timer = StepTimer(self._device)
         proximal: list[Tensor] | None = None
         if learner.updates_per_batch > 1:
             with torch.no_grad(), timer.part("forward"):
                 proximal = self._proximal(micro_batches)
-        fixed = self._terms.prepare_batch(micro_batches, self._settings.temperature)
+        temperature = self._settings.temperature
+        fixed = self._terms.prepare_batch(micro_batches, temperature, self._ranks, real)
         results = [
-            self._update(micro_batches, proximal, fixed, timer)
+            self._update(micro_batches, proximal, fixed, timer, real)
             for _ in range(learner.updates_per_batch)
         ]
         first, last = results[0], results[-1]
@@ -195,12 +217,13 @@ class TorchBackend:
         proximal: Sequence[Tensor] | None,
         fixed: Sequence[FixedInputs],
         timer: StepTimer,
+        real: Sequence[bool] | None = None,
     ) -> StepResult:
         self._optimizer.zero_grad(set_to_none=True)
         terms = TermTotals(lambda: torch.zeros((), dtype=torch.float64, device=self._device))
         # Nothing in this loop waits for the device: what is to be read of it is read after it.
         done = [
-            self._accumulate(
+            self._accumulation.add(
                 micro, None if proximal is None else proximal[index], fixed[index], terms, timer
             )
             for index, micro in enumerate(micro_batches)
@@ -215,63 +238,31 @@ class TorchBackend:
             self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
         self._updates += 1
-        total = float(sum(one.loss.double() for one in done))
-        named = {name: float(value) for name, value in terms.items()}
-        tokens = concatenate([one.stats() for one in done])
-        return StepResult(total, grad_norm, lr, 1, tokens, named)
-
-    def _accumulate(
-        self,
-        micro: MicroBatch,
-        proximal: Tensor | None,
-        fixed: FixedInputs,
-        terms: TermTotals,
-        timer: StepTimer,
-    ) -> TrainedMicroBatch:
-        """Add the gradient of one micro-batch."""
-        loss_config = self._settings.loss
-        # Around the backward pass too: checkpointed layers run again in it, by the same routing.
-        with replayed_routing(self._model, micro.routed_experts):
-            with timer.part("forward"):
-                with self._terms.watch() as routers:
-                    policy, entropy = self._token_logprobs(micro)
-                anchor = policy.detach() if proximal is None else proximal
-                mask = torch.ones_like(micro.targets, dtype=torch.bool)
-                weights = self._mismatch.weights(anchor, micro.behavior_logprobs, mask)
-                result = policy_loss(
-                    policy_logprobs=policy,
-                    proximal_logprobs=anchor,
-                    advantages=micro.advantages,
-                    weights=weights,
-                    inverse_denominators=micro.inverse_denominators,
-                    mask=mask,
-                    clip_low=loss_config.clip_low,
-                    clip_high=loss_config.clip_high,
-                )
-                scored = ScoredTokens(micro, policy, entropy, routers)
-                loss = self._terms.add_to(result.loss, scored, fixed, terms)
-            with timer.part("backward"):
-                loss.backward()  # type: ignore[no-untyped-call]
-        return TrainedMicroBatch(
-            loss.detach(),
-            policy.detach(),
-            log_mismatch_ratio(anchor, micro.behavior_logprobs, mask),
-            weights,
-            micro.ages,
-            result.clipped,
-            entropy.detach(),
-        )
+        own = [float(sum(one.loss.double() for one in done)), *map(float, terms.values())]
+        total, *sums = self._ranks.sum(own)
+        counted = [
+            one.stats()
+            for one, counts in zip(done, real or [True] * len(done), strict=True)
+            if counts
+        ]
+        tokens = self._ranks.join_stats(concatenate(counted))
+        return StepResult(total, grad_norm, lr, 1, tokens, dict(zip(terms, sums, strict=True)))
 
     def _require_finite(
         self, micro_batches: Sequence[MicroBatch], logprobs: Sequence[Tensor]
     ) -> None:
-        """Raises ``NonFiniteLogprobError`` when a log-prob is NaN or infinite."""
-        if not logprobs or bool(torch.stack([torch.isfinite(one).all() for one in logprobs]).all()):
-            return
-        self._optimizer.zero_grad(set_to_none=True)
-        for micro, values in zip(micro_batches, logprobs, strict=True):
-            if (problem := micro.nonfinite(values, "the train engine")) is not None:
-                raise problem
+        """Raises ``NonFiniteLogprobError`` on all ranks when one has a log-prob that is NaN or
+        infinite."""
+        problem: NonFiniteLogprobError | None = None
+        finite = [torch.isfinite(one).all() for one in logprobs]
+        if finite and not bool(torch.stack(finite).all()):
+            found = map(MicroBatch.nonfinite, micro_batches, logprobs, repeat("the train engine"))
+            problem = next(one for one in found if one is not None)
+        try:
+            self._ranks.agree(problem)
+        except NonFiniteLogprobError:
+            self._optimizer.zero_grad(set_to_none=True)
+            raise
 
     def _next_lr(self) -> float:
         learner = self._settings.learner
@@ -285,7 +276,8 @@ class TorchBackend:
         )
 
     def _clip_gradients(self) -> float:
-        norm = float(nn.utils.clip_grad_norm_(self._params, self._settings.learner.grad_clip))
+        whole = nn.utils.clip_grad_norm_(self._params, self._settings.learner.grad_clip)
+        norm = float(whole.full_tensor() if isinstance(whole, DTensor) else whole)
         if not np.isfinite(norm):
             self._optimizer.zero_grad(set_to_none=True)
             raise TrainingError(
@@ -352,7 +344,13 @@ class TorchBackend:
 
     def state_dict(self) -> dict[str, Tensor]:
         """All state by flat name (see ``tensor_files``). The tensors may alias live state."""
-        return export_state(self._model, self._optimizer, self._updates, self._device)
+        state = export_state(self._model, self._optimizer, self._updates, self._device)
+        # Nothing is drawn from torch's generators in training, so one rank's stand for all.
+        return {
+            name: tensor
+            for name, tensor in state.items()
+            if self._ranks.rank == 0 or isinstance(tensor, DTensor)
+        }
 
     def begin_save(self, directory: Path) -> Future[None]:
         """See ``Backend.begin_save``."""
@@ -360,7 +358,17 @@ class TorchBackend:
 
     def load(self, directory: Path) -> None:
         """See ``Backend.load``."""
-        state = read_tensors(directory)
+        if self._ranks.size == 1:
+            state = read_tensors(directory)
+            self._updates = import_state(self._model, self._optimizer, state, self._device)
+            return
+        problem: CheckpointError | None = None
+        try:
+            state = read_shards(directory, placements(self._model))
+            check_state(self._model, state)
+        except CheckpointError as error:
+            problem = error
+        self._ranks.agree(problem)
         self._updates = import_state(self._model, self._optimizer, state, self._device)
 
     def offload(self) -> None:
@@ -378,4 +386,10 @@ class TorchBackend:
 
     def save_hf(self, directory: Path) -> None:
         """See ``Backend.save_hf``; tokenizer files are copied from the starting model's folder."""
-        export_hf(self._model, directory, dtype=self._settings.dtype, source=self._source)
+        export_hf(
+            self._model,
+            directory,
+            dtype=self._settings.dtype,
+            source=self._source,
+            write=self._ranks.rank == 0,
+        )

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 def impossible_pairs(config: Config) -> list[str]:
     """One sentence for each: the keys, the rule and the remedy."""
-    every = (_lengths, _schedule, _replay, _rolling, _routers, _compiled)
+    every = (_lengths, _schedule, _replay, _rolling, _routers, _ranks, _compiled)
     return [problem for check in every for problem in check(config)]
 
 
@@ -58,6 +58,23 @@ def _schedule(config: Config) -> Iterator[str]:
         yield (
             f"worker.session_ttl_ms ({worker.session_ttl_ms}) must be at least three times "
             f"worker.heartbeat_ms ({worker.heartbeat_ms}), or one late heartbeat ends a session"
+        )
+
+
+def _ranks(config: Config) -> Iterator[str]:
+    learner = config.learner
+    if learner.ranks == 1:
+        return
+    if ":" in learner.device:
+        yield (
+            f"learner.ranks = {learner.ranks} cannot go with learner.device = {learner.device!r}: "
+            "every rank needs a GPU of its own, in order from the first visible one; set the device"
+            " to 'cuda' and choose GPUs by CUDA_VISIBLE_DEVICES"
+        )
+    if config.schedule.colocated:
+        yield (
+            f"learner.ranks = {learner.ranks} cannot go with schedule.colocated = true: shards do "
+            "not leave their devices; set learner.ranks = 1 or colocated = false"
         )
 
 
@@ -113,4 +130,9 @@ def _compiled(config: Config) -> Iterator[str]:
         yield (
             f"learner.compile = true cannot go with {', '.join(names)}: hooks on routers are no "
             "part of a compiled layer; set learner.compile = false"
+        )
+    if config.learner.compile and config.learner.ranks > 1:
+        yield (
+            f"learner.compile = true cannot go with learner.ranks = {config.learner.ranks}: compiled "
+            "layers are not proved on shards; set learner.compile = false"
         )

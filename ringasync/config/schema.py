@@ -255,6 +255,10 @@ class LearnerConfig(Section):
     """Where the train engine runs; ``cuda:1`` leaves ``cuda:0`` to a worker of the same host.
     ``CUDA_VISIBLE_DEVICES`` of the process does it too: devices are counted among the visible."""
     threads: int = Field(1, ge=1)
+    ranks: int = Field(1, ge=1)
+    """Processes of this host that train together, on a GPU each, with ``threads`` threads each.
+    Above 1 every rank holds a shard of weights, gradients and moments (FSDP2), see
+    docs/learner-ranks.md. It may change between two lives of a run."""
     peak_tflops: float = Field(0.0, ge=0)
     """What the device can do at most, in TFLOP/s, for the metric ``mfu``. 0: that of a GPU known by
     name (H100, H200: 989, dense bf16); on others there is no ``mfu``."""

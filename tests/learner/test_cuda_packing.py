@@ -140,7 +140,7 @@ def test_no_micro_batch_waits_for_the_device() -> None:
     torch.cuda.set_sync_debug_mode("error")
     try:
         done = [
-            backend._accumulate(micro, None, one, totals, timer)
+            backend._accumulation.add(micro, None, one, totals, timer)
             for micro, one in zip(micros, fixed, strict=True)
         ]
     finally:
