@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from itertools import repeat
+from itertools import compress, repeat
 from pathlib import Path
 from typing import Literal
 
@@ -240,11 +240,7 @@ class TorchBackend:
         self._updates += 1
         own = [float(sum(one.loss.double() for one in done)), *map(float, terms.values())]
         total, *sums = self._ranks.sum(own)
-        counted = [
-            one.stats()
-            for one, counts in zip(done, real or [True] * len(done), strict=True)
-            if counts
-        ]
+        counted = [one.stats() for one in compress(done, real or repeat(True))]
         tokens = self._ranks.join_stats(concatenate(counted))
         return StepResult(total, grad_norm, lr, 1, tokens, dict(zip(terms, sums, strict=True)))
 

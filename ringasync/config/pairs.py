@@ -133,6 +133,6 @@ def _compiled(config: Config) -> Iterator[str]:
         )
     if config.learner.compile and config.learner.ranks > 1:
         yield (
-            f"learner.compile = true cannot go with learner.ranks = {config.learner.ranks}: compiled "
-            "layers are not proved on shards; set learner.compile = false"
+            f"learner.compile = true cannot go with learner.ranks = {config.learner.ranks}: "
+            "compiled layers are not proved on shards; set learner.compile = false"
         )

@@ -62,6 +62,10 @@ CASES: dict[str, dict[str, Any]] = {
     "one sequence": {"learner": {}, "count": 1},
     "untied, all logits at once": {"model": "untied", "learner": {"logprob_chunk_tokens": 0}},
     "chunks computed again": {"learner": {"logprob_chunk_tokens": 4, "microbatch_tokens": 48}},
+    "checkpointed layers": {
+        "learner": {"microbatch_tokens": 48, "activation_checkpointing": True},
+    },
+    "padded": {"learner": {"microbatch_tokens": 48, "packing": "off"}},
     "all dense terms": {
         "learner": {"microbatch_tokens": 48},
         "loss": {"kl_coef": 0.1, "entropy_coef": 0.01, "normalizer": "sequence"},
