@@ -42,6 +42,7 @@ LOCAL_KEYS = (
     "worker.max_concurrent",
     "worker.engine_options",
     "worker.gpus",
+    "learner.ranks",
 )
 """What may differ between the roles of one run: it changes where and how fast, not what."""
 
