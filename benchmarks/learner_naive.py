@@ -23,7 +23,7 @@ class NaiveStep:
 
     def __init__(self, model: Any, learner: LearnerConfig, dtype: torch.dtype) -> None:
         """Starts a process group of one."""
-        import deepspeed  # type: ignore[import-untyped]
+        import deepspeed
 
         self._learner = learner
         self._device = next(model.parameters()).device
