@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from itertools import compress, repeat
 from pathlib import Path
 from typing import Literal
@@ -131,7 +132,8 @@ class TorchBackend:
         )
         self._accumulation = Accumulation(
             self._model,
-            self._token_logprobs,
+            # Not a method: a backend in a circle would keep its memory until the collector comes.
+            partial(_score_trained, self._scores, settings),
             self._terms,
             self._mismatch,
             settings.loss,
@@ -207,7 +209,7 @@ class TorchBackend:
         logprobs = []
         for micro in micro_batches:
             with replayed_routing(self._model, micro.routed_experts):
-                logprobs.append(self._token_logprobs(micro)[0])
+                logprobs.append(self._accumulation.score(micro)[0])
         self._require_finite(micro_batches, logprobs)
         return logprobs
 
@@ -281,15 +283,6 @@ class TorchBackend:
                 "damaged model with `ringasync audit` and the last checkpoint"
             )
         return norm
-
-    def _token_logprobs(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Log-probs fp32 [N] (with gradient when enabled) and entropy [N] of the trained tokens."""
-        return self._scores.score(
-            micro.positions,
-            self._settings.temperature,
-            entropy=True,
-            entropy_gradient=self._settings.loss.entropy_coef != 0,
-        )
 
     def logprobs(
         self, sequences: Sequence[ScoredSequence], *, temperature: float
@@ -389,3 +382,15 @@ class TorchBackend:
             source=self._source,
             write=self._ranks.rank == 0,
         )
+
+
+def _score_trained(
+    scores: TokenScores | ShardedScores, settings: TorchSettings, micro: MicroBatch
+) -> tuple[Tensor, Tensor]:
+    """Log-probs fp32 [N] (with gradient when enabled) and entropy [N] of the trained tokens."""
+    return scores.score(
+        micro.positions,
+        settings.temperature,
+        entropy=True,
+        entropy_gradient=settings.loss.entropy_coef != 0,
+    )

@@ -290,7 +290,7 @@ def test_one_update_needs_no_proximal_pass() -> None:
         proximal = None
         if explicit:
             with torch.no_grad():
-                proximal = [backend._token_logprobs(micro)[0] for micro in micros]
+                proximal = [backend._accumulation.score(micro)[0] for micro in micros]
         result = backend._update(
             micros, proximal, backend._terms.prepare_batch(micros, 1.0), StepTimer(CPU)
         )

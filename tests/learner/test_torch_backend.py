@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -108,3 +111,16 @@ def test_unknown_model_is_explained() -> None:
         TorchBackend.from_pretrained(
             "/no/such/folder", TorchSettings(learner_config(), LossConfig())
         )
+
+
+def test_a_backend_that_is_let_go_gives_its_memory_back_at_once() -> None:
+    backend = tiny_backend()
+    backend.train_batch(toy_batch())
+    gone, model = weakref.ref(backend), weakref.ref(backend.model)
+    gc.disable()
+    try:
+        del backend
+        assert gone() is None
+        assert model() is None
+    finally:
+        gc.enable()
