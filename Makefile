@@ -20,6 +20,8 @@ VLLM_VENV := .venv-vllm
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check --no-input
 TORCH_FLAGS ?=
 ARGS ?=
+SCHEDULES ?= 200
+SEED ?= 0
 
 # A name on PATH is not enough: version managers leave names there that only print an error.
 find_python = for p in $(PYTHON) python3.13 python3.12 python3.11 python3; do \
@@ -27,7 +29,7 @@ find_python = for p in $(PYTHON) python3.13 python3.12 python3.11 python3; do \
 	then echo $$p; exit 0; fi; done; \
 	echo "ringasync needs Python 3.11 to 3.13; none found on PATH (set PYTHON=...)" >&2; exit 1
 
-.PHONY: help demo install install-dev install-vllm test test-vllm lint format types bench clean
+.PHONY: help demo install install-dev install-vllm test test-vllm wheel-test compose-test manifests lint format types bench simulate clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -52,6 +54,21 @@ run-test-vllm: install-vllm
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest \
 		-W ignore::pytest.PytestUnraisableExceptionWarning tests/vllm $(ARGS)
 
+wheel-test: $(BIN)/python ## build the wheel, install it with its dependencies in a fresh environment, run it
+	rm -rf build/wheel-test && mkdir -p build/wheel-test
+	$(PIP) wheel --no-deps --wheel-dir build/wheel-test .
+	$(BIN)/python -m venv build/wheel-test/venv
+	build/wheel-test/venv/bin/pip --disable-pip-version-check --no-input install -q \
+		-c constraints.txt build/wheel-test/*.whl
+	cd build/wheel-test && venv/bin/ringasync --help > /dev/null && venv/bin/ringasync init && \
+		venv/bin/ringasync config --check ringasync.toml
+
+manifests: install-dev ## render the Helm chart into deploy/manifests
+	$(BIN)/python deploy/render.py
+
+compose-test: install-dev ## docker-compose.yml for real, in containers; COMPOSE=podman-compose for that engine
+	$(BIN)/python tests/compose/whole_run.py $(ARGS)
+
 lint: install-dev ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -65,6 +82,9 @@ types: install-dev ## mypy, strict
 
 bench: install-dev ## measure; results belong into docs/results/
 	$(BIN)/python -m benchmarks $(ARGS)
+
+simulate: install-dev ## simulate SCHEDULES= schedules of faults drawn from SEED=, see docs/simulation.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.simulation --schedules $(SCHEDULES) --seed $(SEED) $(ARGS)
 
 clean: ## remove .venv and caches, not runs/
 	rm -rf $(VENV) $(VLLM_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist ./*.egg-info

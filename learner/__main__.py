@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 
+from learner.rank_process import die_with_launcher, rank_of_this_process
 from ringasync.errors import RingError
 from ringasync.observability.log import configure_logging
-from ringasync.runtime.role import resolve_args, role_parser, run_role
+from ringasync.runtime.role import RoleArgs, resolve_args, role_parser, run_role
 from ringasync.runtime.shutdown import Shutdown
 
 
@@ -26,13 +28,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     config = args.config
-    configure_logging("learner", config.run.name, config.run_dir, config.observability.log_level)
-    from learner.app import LearnerOptions, run_learner  # torch loads late: refusals come at once
+    rank = rank_of_this_process() if config.learner.ranks > 1 else 0
+    role = f"learner-rank-{rank}" if rank else "learner"
+    configure_logging(role, config.run.name, config.run_dir, config.observability.log_level)
+    # torch loads late: refusals come at once
+    if rank is None:
+        from learner.launch import launch
+
+        try:
+            return launch(config.learner, list(sys.argv[1:] if argv is None else argv))
+        except RingError as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            return error.exit_code
+    if config.learner.ranks > 1:
+        die_with_launcher()
+    if rank:
+        return run_follower(args)
+    from learner.app import LearnerOptions, run_learner
 
     async def life(shutdown: Shutdown) -> int:
         return await run_learner(LearnerOptions(args, not namespace.no_wait), shutdown)
 
     return run_role(life)
+
+
+def run_follower(args: RoleArgs) -> int:
+    """A rank other than 0 to its end; stop requests are rank 0's to act on."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    from learner.app import follow
+
+    try:
+        follow(args.config, args.model)
+    except RingError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    return 0
 
 
 if __name__ == "__main__":

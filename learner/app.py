@@ -11,6 +11,8 @@ import structlog
 import torch
 
 from learner.backends.base import Backend
+from learner.backends.ranked import RankedBackend, serve
+from learner.backends.sharding import RankGroup
 from learner.backends.torch_backend import TorchBackend, TorchSettings
 from learner.checkpoint import load_latest
 from learner.journal import Journal, JournalReader
@@ -42,7 +44,22 @@ class LearnerOptions:
 
 
 def make_backend(config: Config, model: str) -> Backend:
-    """The train engine that ``learner.backend`` names, loaded with the starting weights."""
+    """The train engine, loaded with the starting weights; that of all ranks where this is rank 0 of
+    several, and the others then run ``follow``."""
+    if config.learner.ranks == 1:
+        return _load(config, model, None)
+    group = RankGroup.join(config.learner)
+    return RankedBackend(_load(config, model, group), group.ranks)
+
+
+def follow(config: Config, model: str) -> None:
+    """The life of a rank other than 0: do what rank 0 does until it says that it ends."""
+    torch.set_num_threads(config.learner.threads)
+    group = RankGroup.join(config.learner)
+    serve(_load(config, model, group), group.ranks)
+
+
+def _load(config: Config, model: str, group: RankGroup | None) -> TorchBackend:
     return TorchBackend.from_pretrained(
         model,
         TorchSettings(
@@ -54,6 +71,7 @@ def make_backend(config: Config, model: str) -> Backend:
             head_dtype=config.model.head_dtype,
             begin_offloaded=config.schedule.colocated,
         ),
+        group,
     )
 
 
@@ -66,10 +84,15 @@ async def run_learner(options: LearnerOptions, shutdown: Shutdown) -> int:
     config = args.config
     async with connected(config, args.redis_url) as broker:
         thread = TorchThread(config.learner.threads)
+        backend: Backend | None = None
         try:
+            # Several ranks first find each other: whatever happens then, they are told to leave.
+            if config.learner.ranks > 1:
+                backend = await thread.run(make_backend, config, args.model)
             if not await join_when_created(broker, config, shutdown):
                 return 0
-            backend = await thread.run(make_backend, config, args.model)
+            if backend is None:
+                backend = await thread.run(make_backend, config, args.model)
             fence = await acquire_role(
                 broker,
                 config.learner.lock_ttl_ms,
@@ -81,6 +104,8 @@ async def run_learner(options: LearnerOptions, shutdown: Shutdown) -> int:
                 await _run_under_lock(broker, fence, backend, thread, config, shutdown)
             return 0
         finally:
+            if isinstance(backend, RankedBackend):
+                await thread.run(backend.close)
             thread.close()
 
 

@@ -77,6 +77,9 @@ class Batcher:
         budget = self._config.schedule.budget.tokens
         missing = budget - carry_tokens(request.carry)
         ready = await self._broker.ready_groups(_MAX_READY_GROUPS) if missing > 0 else []
+        # After a rollback a carried trajectory's group may be ready again: it was taken before.
+        carried = {one.group_id for one in request.carry}
+        ready = [group for group in ready if group.group_id not in carried]
         chosen = oldest_first(ready, missing)
         self.ready_tokens = budget - missing + sum(group.num_tokens for group in ready)
         if self._too_few(request, missing, sum(group.num_tokens for group in chosen), len(chosen)):

@@ -35,15 +35,19 @@ def resolve_device(name: str, setting: str = "learner.device") -> torch.device:
 
 
 def arithmetic(settings: LearnerConfig) -> str:
-    """What decides how sums are rounded: device, its instructions or name, threads, torch.
+    """What decides how sums are rounded: device, its instructions or name, threads,
+    ranks where there are several, torch.
 
     Where it is the same, a CPU gives the same bits; a GPU adds in no fixed order.
     """
     device = resolve_device(settings.device)
+    versions = f"torch {torch.__version__}"
+    if settings.ranks > 1:
+        versions = f"{settings.ranks} ranks, {versions}"
     if device.type == "cuda":
-        return f"cuda {torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+        return f"cuda {torch.cuda.get_device_name(device)}, {versions}"
     instructions = torch.backends.cpu.get_cpu_capability()
-    return f"cpu {instructions}, threads {settings.threads}, torch {torch.__version__}"
+    return f"cpu {instructions}, threads {settings.threads}, {versions}"
 
 
 def release_cuda_caches() -> None:

@@ -96,4 +96,5 @@ class Keeper:
     async def _open_session(self) -> None:
         self._session_id = f"{ROLE}-{os.getpid()}-{secrets.token_hex(4)}"
         info = {"worker": owner_name(), "fence": str(self._fence.token)}
+        info["host"] = socket.gethostname()
         await self._broker.open_session(self._session_id, ROLE, self._ttl_ms, info)

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,6 +56,12 @@ class Recorded:
     steps: Mapping[int, _Line]
 
 
+def _alone(settings: ReplaySettings) -> ReplaySettings:
+    """The settings with one rank: a replay is one process, whatever the run's learner was."""
+    learner = settings.config.learner.model_copy(update={"ranks": 1})
+    return replace(settings, config=settings.config.model_copy(update={"learner": learner}))
+
+
 def replay(options: ReplayOptions) -> int:
     """Replay, write lines and summary, print the table; returns the exit code.
 
@@ -63,7 +69,7 @@ def replay(options: ReplayOptions) -> int:
     """
     began_s = time.monotonic()
     console = Console()
-    settings = replay_settings(options.run_dir, options.overrides)
+    settings = _alone(replay_settings(options.run_dir, options.overrides))
     run = settings.config.run.name
     recorded = read_recorded(options.run_dir, run)
     model = options.model or _model_of(options.run_dir)

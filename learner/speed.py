@@ -47,8 +47,7 @@ class SpeedGauge:
         """``device_name`` may hold more than the name, as ``arithmetic`` of a step does."""
         self._shape = shape
         self._updates = learner.updates_per_batch
-        ranks = int(getattr(learner, "ranks", 1))
-        self._peak_tflops = ranks * (learner.peak_tflops or peak_tflops_of(device_name))
+        self._peak_tflops = learner.ranks * (learner.peak_tflops or peak_tflops_of(device_name))
 
     def metrics(self, batch: TrainBatch, train_s: float) -> dict[str, Any]:
         """TFLOP of the step's training, whatever memory saving computes twice left out, and their

@@ -95,6 +95,7 @@ def step_metrics(done: TrainedStep, loss: LossConfig, policy_version: int) -> di
         **(_replay_metrics(batch) if loss.routing_replay else {}),
         **mismatch_report(done.result.tokens, mask_low=loss.mask_low, mask_high=loss.mask_high),
         **timing,
+        **{f"time_{name}_s": round(value, 6) for name, value in done.result.seconds.items()},
         "tokens_per_s": trained / step_s if step_s > 0 else None,
     }
 

@@ -35,7 +35,8 @@ class StepResult:
     ``loss`` is the exact sum over the batch divided by the normaliser; ``grad_norm`` is before
     clipping; ``lr`` is that of the last update. ``tokens`` has one entry for each trained token.
     ``terms``: the parts of ``loss`` by metric name, each before its coefficient, also of the first
-    update; empty where the policy loss is all there is.
+    update; empty where the policy loss is all there is. ``seconds``: by ``forward``, ``backward``
+    and ``optimizer``, of all updates.
     """
 
     loss: float
@@ -44,6 +45,7 @@ class StepResult:
     updates: int
     tokens: TokenStats
     terms: Mapping[str, float] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 class Backend(Protocol):

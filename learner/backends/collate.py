@@ -1,30 +1,60 @@
-"""Batch to padded micro-batches. Shape legend: B rows, L padded length, N trained tokens."""
+"""Batch to micro-batches, packed or padded.
+
+Shape legend: B rows (1 when packed), L length of a row, N trained tokens, S sequences.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from learner.algorithms.balance import plan
 from learner.algorithms.policy_loss import Normalizer, token_denominators
+from learner.backends.packing import Attention, Packing
 from learner.backends.routing_replay import pad_routing
 from learner.batch import BatchItem, TrainBatch
 from ringasync.errors import NonFiniteLogprobError
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Positions:
+    """Which tokens are wanted: ``input_ids`` int64 [B, L]; the rest int64 [N].
+
+    ``rows`` and ``columns`` say where ``targets`` are predicted. ``packing``: where the sequences
+    of a packed row begin; then B is 1.
+    """
+
+    input_ids: Tensor
+    rows: Tensor
+    columns: Tensor
+    targets: Tensor
+    packing: Packing | None = None
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What the forward of a model takes."""
+        packed = {} if self.packing is None else self.packing.arguments()
+        return {"input_ids": self.input_ids, "use_cache": False, **packed}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class MicroBatch:
-    """Rows padded on the right, and the N trained tokens, row by row, in order.
+    """Sequences, and their N trained tokens, sequence by sequence, in order.
+
+    With ``packing`` they stand one behind the other in a single row, without padding. Without, each
+    is a row padded on the right.
 
     ``input_ids`` int64 [B, L] (causal models need no mask for padding on the right: no real token
     looks at it). ``rows`` and ``columns`` int64 [N] say where in the logits a token is predicted;
     ``targets`` int64 [N] is that token. The other [N] tensors follow it: ``behavior_logprobs``,
     ``advantages``, ``inverse_denominators`` float32, ``ages`` int64. ``owners`` names the rollout
-    of each row. ``routed_experts`` int32 [B, L, layers, experts a token] says which experts ran at
-    each input position, -1 where that is not known; None where nothing is to be replayed.
+    of each sequence. ``routed_experts`` int32 [B, L, layers, experts a token] says which experts
+    ran at each input position, -1 where that is not known; None: nothing is to be replayed.
     """
 
     input_ids: Tensor
@@ -37,6 +67,12 @@ class MicroBatch:
     ages: Tensor
     owners: tuple[str, ...]
     routed_experts: Tensor | None = None
+    packing: Packing | None = None
+
+    @property
+    def positions(self) -> Positions:
+        """Its trained tokens as positions to score."""
+        return Positions(self.input_ids, self.rows, self.columns, self.targets, self.packing)
 
     def nonfinite(self, logprobs: Tensor, whose: str) -> NonFiniteLogprobError | None:
         """The error that NaN or infinite values among ``logprobs`` [N] are, None without any."""
@@ -45,8 +81,17 @@ class MicroBatch:
             return None
         return NonFiniteLogprobError(
             f"{whose} gave a non-finite log-prob at {int(bad.sum())} trained tokens, the first in "
-            f"rollout {self.owners[int(self.rows[bad][0])]}; the optimizer step was not made"
+            f"rollout {self._owner(int(bad.nonzero()[0]))}; the optimizer step was not made"
         )
+
+    def _owner(self, token: int) -> str:
+        if self.packing is None:
+            return self.owners[int(self.rows[token])]
+        return self.owners[self.packing.sequence_at(int(self.columns[token]))]
+
+    def without_weight(self) -> MicroBatch:
+        """The same with denominators that take it out of every sum."""
+        return replace(self, inverse_denominators=torch.zeros_like(self.inverse_denominators))
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on ``device``."""
@@ -61,6 +106,7 @@ class MicroBatch:
             self.ages.to(device),
             self.owners,
             None if self.routed_experts is None else self.routed_experts.to(device),
+            None if self.packing is None else self.packing.to(device),
         )
 
 
@@ -71,11 +117,13 @@ def collate(
     normalizer: Normalizer,
     pad_id: int = 0,
     routing: bool = False,
+    packing: Attention | None = None,
 ) -> list[MicroBatch]:
-    """Split a batch into micro-batches of at most ``microbatch_tokens`` padded tokens.
+    """Split a batch into micro-batches of at most ``microbatch_tokens`` tokens, padding included.
 
-    A row longer than that is alone in its micro-batch. Rows are sorted by length, so little is
-    padded; they end at their last trained token. Denominators are those of the whole batch, so the
+    A sequence longer than that is alone in its micro-batch. Sequences end at their last trained
+    token. ``packing``: they are packed, for that attention; without, padded, sorted by length so
+    that little is. Denominators are those of the whole batch, so the
     sum over micro-batches is exact whatever the split. ``routing``: with the recorded experts.
     """
     lengths = [item.trajectory.num_policy_tokens for item in batch.items]
@@ -88,9 +136,13 @@ def collate(
         if item.trained_tokens > 0
     ]
     sizes = [_row_tokens(item) for item, _ in entries]
+    if packing is None:
+        chosen = plan_microbatches(sizes, microbatch_tokens)
+    else:
+        (chosen,) = plan(sizes, 1, microbatch_tokens)
     return [
-        _collate_rows([entries[index] for index in chosen], batch, pad_id, routing)
-        for chosen in plan_microbatches(sizes, microbatch_tokens)
+        _collate_rows([entries[index] for index in one], batch, pad_id, routing, packing)
+        for one in chosen
     ]
 
 
@@ -121,10 +173,15 @@ def _row_tokens(item: BatchItem) -> int:
 
 
 def _collate_rows(
-    entries: Sequence[tuple[BatchItem, float]], batch: TrainBatch, pad_id: int, routing: bool
+    entries: Sequence[tuple[BatchItem, float]],
+    batch: TrainBatch,
+    pad_id: int,
+    routing: bool,
+    attention: Attention | None,
 ) -> MicroBatch:
     inputs: list[np.ndarray] = []
     parts: list[tuple[np.ndarray, ...]] = []
+    begin = 0
     for row, (item, denominator) in enumerate(entries):
         trajectory = item.trajectory
         prompt = int(trajectory.prompt_ids.shape[0])
@@ -135,8 +192,8 @@ def _collate_rows(
         versions = trajectory.policy_versions[offsets]
         parts.append(
             (
-                np.full(count, row, np.int64),
-                prompt + offsets - 1,  # the logits at a position predict the next token
+                np.full(count, row if attention is None else 0, np.int64),
+                begin + prompt + offsets - 1,  # the logits at a position predict the next token
                 response[offsets].astype(np.int64),
                 trajectory.behavior_logprobs[offsets],
                 np.full(count, item.advantage, np.float32),
@@ -144,11 +201,20 @@ def _collate_rows(
                 np.array([batch.ages.get(int(one), 0) for one in versions], np.int64),
             )
         )
+        begin += 0 if attention is None else inputs[-1].shape[0]
     joined = [torch.from_numpy(np.concatenate(column)) for column in zip(*parts, strict=True)]
     rows, columns, targets, behavior, advantages, inverse, ages = joined
-    input_ids = pad_rows(inputs, pad_id)
+    lengths = [one.shape[0] for one in inputs]
     recorded = [item.trajectory.routed_experts if routing else None for item, _ in entries]
-    experts = pad_routing(recorded, input_ids.shape[1])
+    if attention is None:
+        input_ids = pad_rows(inputs, pad_id)
+        experts = pad_routing(recorded, input_ids.shape[1])
+    else:
+        input_ids = torch.from_numpy(np.concatenate(inputs).astype(np.int64))[None]
+        experts = pad_routing(recorded, max(lengths))
+        if experts is not None:
+            rows_of = zip(experts, lengths, strict=True)
+            experts = np.concatenate([one[:length] for one, length in rows_of])[None]
     return MicroBatch(
         input_ids,
         rows,
@@ -160,4 +226,5 @@ def _collate_rows(
         ages,
         tuple(item.trajectory.rollout_id for item, _ in entries),
         None if experts is None else torch.from_numpy(experts),
+        None if attention is None else Packing.of(lengths, attention),
     )

@@ -15,12 +15,15 @@ from torch import Tensor, nn
 
 from learner.algorithms.extra_losses import kl_values, normalized_sum
 from learner.backends.collate import MicroBatch
+from learner.backends.ranks import Ranks
 from learner.backends.reference import ReferencePolicy
 from learner.backends.router_terms import RouterOutputs, RouterWatch, real_positions
 from ringasync.config.schema import LearnerConfig, LossConfig
+from ringasync.errors import NonFiniteLogprobError
 
-TermTotals = defaultdict[str, float]
-"""Sums of the terms over the micro-batches of one update, by metric name."""
+TermTotals = defaultdict[str, Tensor]
+"""Sums of the terms over the micro-batches of one update, by metric name: float64, on the device,
+so that nothing waits for it between micro-batches."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,23 +66,43 @@ class ExtraTerms:
         self._loss = loss
         self._reference: ReferencePolicy | None = None
         if loss.kl_coef:
-            self._reference = ReferencePolicy(model, prepare, dtype, learner.logprob_chunk_tokens)
+            self._reference = ReferencePolicy(model, prepare, dtype, learner)
         # After the copy: the reference needs no hooks.
         self._routers: RouterWatch | None = None
         if loss.router_balance_coef or loss.router_z_coef:
             self._routers = RouterWatch(model)
 
     def prepare_batch(
-        self, micro_batches: Sequence[MicroBatch], temperature: float
+        self,
+        micro_batches: Sequence[MicroBatch],
+        temperature: float,
+        ranks: Ranks | None = None,
+        real: Sequence[bool] | None = None,
     ) -> list[FixedInputs]:
         """Score the reference once, and see how much of the batch each micro-batch is.
 
-        Raises ``NonFiniteLogprobError``.
+        ``ranks`` share the batch; ``real`` is False for what only fills a rank up, see
+        ``Ranks.share``. Raises ``NonFiniteLogprobError``, on all ranks.
         """
+        ranks = ranks or Ranks()
         shares = [0.0] * len(micro_batches)
         if self._routers is not None:
             counts = [int(real_positions(micro).sum()) for micro in micro_batches]
-            shares = [count / sum(counts) for count in counts]
+            for index, counted in enumerate(real or ()):
+                counts[index] *= counted
+            (whole,) = ranks.sum([sum(counts)])
+            shares = [count / whole for count in counts]
+        problem: NonFiniteLogprobError | None = None
+        try:
+            fixed = self._fixed_inputs(micro_batches, temperature, shares)
+        except NonFiniteLogprobError as error:
+            problem = error
+        ranks.agree(problem)
+        return fixed
+
+    def _fixed_inputs(
+        self, micro_batches: Sequence[MicroBatch], temperature: float, shares: Sequence[float]
+    ) -> list[FixedInputs]:
         return [
             FixedInputs(
                 None if self._reference is None else self._reference.logprobs(micro, temperature),
@@ -112,10 +135,10 @@ class ExtraTerms:
         if not terms:
             return policy_term
         whole = policy_term
-        totals["loss_policy"] += float(policy_term.detach())
+        totals["loss_policy"] = totals["loss_policy"] + policy_term.detach().double()
         for name, coefficient, value in terms:
             whole = whole + coefficient * value
-            totals[name] += float(value.detach())
+            totals[name] = totals[name] + value.detach().double()
         return whole
 
     def move(self, device: torch.device) -> None:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from learner.backends.collate import MicroBatch
 from learner.backends.routing_replay import replayed_routing
-from learner.backends.token_scores import Positions, TokenScores
+from learner.backends.token_scores import TokenScores
+from ringasync.config.schema import LearnerConfig
 
 
 class ReferencePolicy:
@@ -27,23 +28,24 @@ class ReferencePolicy:
         starting_model: nn.Module,
         prepare: Callable[[nn.Module], None],
         dtype: torch.dtype,
-        chunk_tokens: int,
+        learner: LearnerConfig,
     ) -> None:
         """Copy ``starting_model``, which nobody has prepared yet; ``prepare`` is done to the copy
         as it is to the policy."""
         # Not of a prepared model: a copy of its head's closure would use the policy's weight.
         self._model = copy.deepcopy(starting_model).requires_grad_(False)
         prepare(self._model)
-        self._scores = TokenScores(self._model, dtype, chunk_tokens)
+        self._scores = TokenScores(
+            self._model, dtype, learner.logprob_chunk_tokens, compiled=learner.compile
+        )
         size = sum(one.numel() * one.element_size() for one in self._model.parameters())
         structlog.get_logger(__name__).info("reference policy loaded", memory_bytes=size)
 
     @torch.no_grad()
     def logprobs(self, micro: MicroBatch, temperature: float) -> Tensor:
         """Log-probs fp32 [N] of the trained tokens. Raises ``NonFiniteLogprobError``."""
-        wanted = Positions(micro.input_ids, micro.rows, micro.columns, micro.targets)
         with replayed_routing(self._model, micro.routed_experts):
-            values, _ = self._scores.score(wanted, temperature)
+            values, _ = self._scores.score(micro.positions, temperature)
         if (problem := micro.nonfinite(values, "the reference policy")) is not None:
             raise problem
         return values

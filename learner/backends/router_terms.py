@@ -78,6 +78,8 @@ class RouterWatch:
 def real_positions(micro: MicroBatch) -> Tensor:
     """bool [B, L], True up to the last trained token of each row: what is not padding."""
     rows, width = micro.input_ids.shape
+    if micro.packing is not None:
+        return torch.ones_like(micro.input_ids, dtype=torch.bool)
     last = torch.zeros(rows, dtype=torch.int64, device=micro.columns.device)
     # A token stands one position behind that which predicts it.
     last = last.scatter_reduce(0, micro.rows, micro.columns + 1, "amax")

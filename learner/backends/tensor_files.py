@@ -144,6 +144,34 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def read_shards(directory: Path, like: Mapping[str, DTensor]) -> dict[str, Tensor]:
+    """Every tensor of the folder, of those that are sharded here only this rank's part.
+
+    ``like`` gives parameters by name; their moments lie as they do. A call of one rank: nothing is
+    sent. Raises ``CheckpointError``, also where a shape is another one.
+    """
+    with _readable(directory):
+        reader = FileSystemReader(directory)
+        tensors: dict[str, Tensor] = {}
+        for name, entry in reader.read_metadata().state_dict_metadata.items():
+            if not isinstance(entry, TensorStorageMetadata):
+                continue
+            kind, _, rest = name.partition(".")
+            owner = rest if kind == "model" else rest.rpartition(".")[0]
+            part = like.get(owner) if kind in ("model", "optim") else None
+            if part is None or not entry.size:
+                tensors[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
+            elif part.shape != entry.size:
+                raise CheckpointError(
+                    f"{directory} is of another model: {name} has shape {tuple(entry.size)}, the "
+                    f"model {tuple(part.shape)}"
+                )
+            else:
+                tensors[name] = torch.empty_like(part, dtype=entry.properties.dtype)
+        dcp_load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
+
+
 def read_model(directory: Path, tensors: Mapping[str, Tensor]) -> None:
     """Fill a model's ``tensors`` (by name, on the CPU) from the folder, in place, and read nothing
     else of it.

@@ -10,8 +10,8 @@ Shape legend: B rows, L padded length, N wanted positions, V vocabulary, H hidde
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import structlog
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from learner.algorithms.extra_losses import entropy as entropy_of
+from learner.backends.collate import Positions
 
 _Entropy = Literal["none", "value", "gradient"]
 _ENTROPY_MAX_VOCAB = 8192
@@ -29,19 +30,6 @@ _HARMLESS = {"input_ids", "use_cache", "return_dict", "logits_to_keep"}
 """Arguments of the body that do not change what it computes of ``input_ids``."""
 
 
-@dataclass(frozen=True, slots=True)
-class Positions:
-    """Which tokens are wanted: ``input_ids`` int64 [B, L]; the rest int64 [N].
-
-    ``rows`` and ``columns`` say where ``targets`` are predicted.
-    """
-
-    input_ids: Tensor
-    rows: Tensor
-    columns: Tensor
-    targets: Tensor
-
-
 class TokenScores:
     """Scores tokens under a causal LM, in chunks of ``chunk_tokens`` positions (0: all at once).
 
@@ -49,8 +37,14 @@ class TokenScores:
     scale) is scored all at once whatever ``chunk_tokens`` says; the log tells so, once.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype, chunk_tokens: int) -> None:
-        """``dtype``: bfloat16 runs the model under autocast."""
+    def __init__(
+        self, model: nn.Module, dtype: torch.dtype, chunk_tokens: int, *, compiled: bool = False
+    ) -> None:
+        """``dtype``: bfloat16 runs the model under autocast. ``compiled``: the log-softmax is one
+        program that makes no float32 copy of the logits."""
+        self._log_softmax: Callable[..., tuple[Tensor, Tensor]] = (
+            torch.compile(_scores) if compiled else _scores
+        )
         self._model = model
         self._dtype = dtype
         self._body: Any = getattr(model, "base_model", model)
@@ -86,10 +80,10 @@ class TokenScores:
         """
         kind: _Entropy = "gradient" if entropy_gradient else "value" if entropy else "none"
         if not self.chunk_tokens:
-            logits = self.logits(wanted.input_ids, wanted.rows, wanted.columns)
-            return _scores(logits, wanted.targets, temperature, kind)
+            logits = self.logits(wanted)
+            return self._log_softmax(logits, wanted.targets, temperature, kind)
         with torch.autocast(wanted.input_ids.device.type, torch.bfloat16, enabled=self._low):
-            output = self._body(input_ids=wanted.input_ids, use_cache=False)
+            output = self._body(**wanted.inputs)
         hidden: Tensor = output.last_hidden_state[wanted.rows, wanted.columns]
         # One chunk alone is no larger when it is kept: nothing is computed again for it.
         again = torch.is_grad_enabled() and hidden.shape[0] > self.chunk_tokens
@@ -111,18 +105,21 @@ class TokenScores:
                 parts.append(self._score_states(*chunk))
         return torch.cat([one for one, _ in parts]), torch.cat([one for _, one in parts])
 
-    def logits(self, input_ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """Logits fp32 [N, V] at the given places; columns outside them are not computed."""
+    def logits(self, wanted: Positions) -> Tensor:
+        """Logits [N, V] at the given places; columns outside them are not computed."""
+        device, columns = wanted.input_ids.device, wanted.columns
         extra: dict[str, Any] = {}
-        first = 0
-        if self._keeps_logits:
-            first = int(columns.min())
-            last = int(columns.max())
-            extra["logits_to_keep"] = torch.arange(first, last + 1, device=input_ids.device)
-        with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self._low):
-            output = self._model(input_ids=input_ids, use_cache=False, **extra)
-        logits: Tensor = output.logits
-        return logits[rows, columns - first].float()
+        if self._keeps_logits and wanted.packing is not None:
+            extra["logits_to_keep"] = columns
+            columns = torch.arange(columns.shape[0], device=device)
+        elif self._keeps_logits:
+            first, last = int(columns.min()), int(columns.max())
+            extra["logits_to_keep"] = torch.arange(first, last + 1, device=device)
+            columns = columns - first
+        with torch.autocast(device.type, torch.bfloat16, enabled=self._low):
+            output = self._model(**wanted.inputs, **extra)
+        logits: Tensor = output.logits[wanted.rows, columns]
+        return logits
 
     @property
     def _low(self) -> bool:
@@ -136,7 +133,7 @@ class TokenScores:
         device = hidden.device.type
         with torch.autocast(device, torch.bfloat16, enabled=self._low, cache_enabled=False):
             logits = self._model.get_output_embeddings()(hidden)  # type: ignore[operator]
-        return _scores(logits.float(), targets, temperature, kind)
+        return self._log_softmax(logits, targets, temperature, kind)
 
 
 @torch.no_grad()
@@ -179,8 +176,8 @@ def head_problem(model: Any, device: torch.device) -> str:
 def _scores(
     logits: Tensor, targets: Tensor, temperature: float, kind: _Entropy
 ) -> tuple[Tensor, Tensor]:
-    """Log softmax(``logits`` [N, V] / temperature) at ``targets`` [N], and entropy [N]."""
-    logits = logits / temperature
+    """Log softmax(``logits`` [N, V] / temperature) at ``targets`` [N], and entropy [N], fp32."""
+    logits = logits.float() / temperature
     chosen: Tensor = logits.gather(-1, targets[:, None]).squeeze(-1)
     logprobs = chosen - torch.logsumexp(logits, dim=-1)
     if kind == "gradient":

@@ -1,38 +1,57 @@
-"""The plain torch train engine: one process, AdamW, fp32 master weights."""
+"""The plain torch train engine: AdamW, fp32 master weights; one process, or shards by FSDP2."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from itertools import compress, repeat
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from learner.algorithms.metrics import TokenStats, concatenate
-from learner.algorithms.mismatch import MismatchWeights, log_mismatch_ratio, make_mismatch
-from learner.algorithms.policy_loss import policy_loss
+from learner.algorithms.metrics import concatenate
+from learner.algorithms.mismatch import MismatchWeights, make_mismatch
 from learner.algorithms.schedule import learning_rate
+from learner.backends.accumulation import Accumulation
 from learner.backends.base import ScoredSequence, StepResult
-from learner.backends.collate import MicroBatch, collate, pad_rows, plan_microbatches
+from learner.backends.collate import (
+    MicroBatch,
+    Positions,
+    collate,
+    pad_rows,
+    plan_microbatches,
+)
 from learner.backends.experts import use_autocast_experts
 from learner.backends.export import export_hf
-from learner.backends.extra_terms import ExtraTerms, FixedInputs, ScoredTokens, TermTotals
+from learner.backends.extra_terms import ExtraTerms, FixedInputs, TermTotals
 from learner.backends.heads import use_float32_head
+from learner.backends.layers import prepare_layers
+from learner.backends.packing import choose_packing, use_packed_attention
 from learner.backends.pretrained import load_causal_lm
+from learner.backends.ranks import Ranks
 from learner.backends.routers import freeze_routers
 from learner.backends.routing_replay import replayed_routing, require_routers
-from learner.backends.tensor_files import TensorSaver, read_tensors
-from learner.backends.token_scores import Positions, TokenScores
-from learner.backends.torch_state import export_state, import_state, move_state
+from learner.backends.sharding import RankGroup, ShardedScores, placements, shard
+from learner.backends.step_timer import StepTimer
+from learner.backends.tensor_files import TensorSaver, read_shards, read_tensors
+from learner.backends.token_scores import TokenScores
+from learner.backends.torch_state import (
+    check_state,
+    export_state,
+    import_state,
+    make_optimizer,
+    move_state,
+)
 from learner.batch import TrainBatch
 from learner.devices import release_cuda_caches, resolve_device
 from ringasync.config.schema import LearnerConfig, LossConfig
-from ringasync.errors import TrainingError
+from ringasync.errors import CheckpointError, NonFiniteLogprobError, TrainingError
 from ringasync.runtime import crashpoints
 
 _HOST = torch.device("cpu")
@@ -58,16 +77,29 @@ class TorchSettings:
 
 
 class TorchBackend:
-    """``Backend`` on a Hugging Face causal LM in this process."""
+    """``Backend`` on a Hugging Face causal LM in this process, or on this rank's shards of one."""
 
-    def __init__(self, model: nn.Module, settings: TorchSettings, source: str = "") -> None:
-        """Take a loaded ``model``; ``source`` is the folder its tokenizer files are copied from."""
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: TorchSettings,
+        source: str = "",
+        group: RankGroup | None = None,
+    ) -> None:
+        """Take a loaded ``model``; ``source`` is the folder its tokenizer files are copied from.
+
+        With a ``group`` each of its ranks makes the same calls, and holds a shard of all state.
+        """
         self._settings = settings
         self._source = source
-        self._device = resolve_device(settings.learner.device)
-        home = _HOST if settings.begin_offloaded else self._device
+        self._ranks = Ranks() if group is None else group.ranks
+        self._device = resolve_device(settings.learner.device) if group is None else group.device
+        home = _HOST if settings.begin_offloaded or group is not None else self._device
         self._model = model.to(device=home, dtype=torch.float32)
         self._model.eval()  # dropout would falsify log-probs; gradients flow all the same
+        self._packing = choose_packing(
+            self._model, settings.learner.packing, self._device, settings.dtype
+        )
         self._terms = ExtraTerms(
             self._model, settings.loss, self._prepare, settings.dtype, settings.learner
         )
@@ -75,20 +107,21 @@ class TorchBackend:
         if settings.loss.routing_replay:
             require_routers(self._model)
         freeze_routers(self._model, settings.learner.freeze_router)
+        self._scores: TokenScores | ShardedScores = TokenScores(
+            self._model,
+            settings.dtype,
+            settings.learner.logprob_chunk_tokens,
+            compiled=settings.learner.compile,
+        )
+        if group is not None:  # after the probe of the head, which runs on the whole model
+            self._scores = shard(self._model, self._scores, group)
+            self._terms.move(self._device)
         self._params = [each for each in self._model.parameters() if each.requires_grad]
-        groups: list[dict[str, Any]] = [
-            {"params": [p for p in self._params if p.ndim >= 2]},
-            {"params": [p for p in self._params if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        self._optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=settings.learner.lr,
-            betas=settings.learner.betas,
-            eps=settings.learner.adam_eps,
-            weight_decay=settings.learner.weight_decay,
+        self._optimizer = make_optimizer(
+            self._params, settings.learner, fused=self._device.type == "cuda"
         )
         self._updates = 0
-        self._saver = TensorSaver()
+        self._saver = TensorSaver(None if group is None else group.saving)
         self._mismatch: MismatchWeights = make_mismatch(
             settings.loss.mismatch,
             mask_low=settings.loss.mask_low,
@@ -96,21 +129,34 @@ class TorchBackend:
             tis_cap=settings.loss.tis_cap,
             kpop_phi=settings.loss.kpop_phi,
         )
-        self._scores = TokenScores(
-            self._model, settings.dtype, settings.learner.logprob_chunk_tokens
+        self._accumulation = Accumulation(
+            self._model,
+            self._token_logprobs,
+            self._terms,
+            self._mismatch,
+            settings.loss,
+            self._ranks.size,
         )
 
     def _prepare(self, model: nn.Module) -> None:
         """Let the forwards of a loaded model be those of the settings."""
+        learner = self._settings.learner
         use_autocast_experts(model)
+        if self._packing is not None:
+            use_packed_attention(model)
+        prepare_layers(
+            model, checkpointing=learner.activation_checkpointing, compiled=learner.compile
+        )
         if self._settings.head_dtype == "float32" and self._settings.dtype != torch.float32:
             use_float32_head(model, self._settings.dtype)
 
     @classmethod
-    def from_pretrained(cls, path: str, settings: TorchSettings) -> TorchBackend:
+    def from_pretrained(
+        cls, path: str, settings: TorchSettings, group: RankGroup | None = None
+    ) -> TorchBackend:
         """Load any HF causal LM folder or hub name. Raises ``TrainingError`` when it cannot be."""
         torch.manual_seed(settings.seed)
-        return cls(load_causal_lm(path), settings, source=path)
+        return cls(load_causal_lm(path), settings, source=path, group=group)
 
     @property
     def model(self) -> nn.Module:
@@ -126,75 +172,93 @@ class TorchBackend:
         """See ``Backend.train_batch``. One update needs no proximal pass: theta_old is the present
         forward, detached; with more, log-probs are taken once before the first update."""
         learner, loss = self._settings.learner, self._settings.loss
-        micro_batches = [
-            micro.to(self._device)
-            for micro in collate(
-                batch,
-                microbatch_tokens=learner.microbatch_tokens,
-                normalizer=loss.normalizer,
-                routing=loss.routing_replay,
-            )
-        ]
+        whole = collate(
+            batch,
+            microbatch_tokens=learner.microbatch_tokens,
+            normalizer=loss.normalizer,
+            routing=loss.routing_replay,
+            packing=self._packing,
+        )
+        own, real = self._ranks.share(whole)
+        micro_batches = [micro.to(self._device) for micro in own]
+        timer = StepTimer(self._device)
         proximal: list[Tensor] | None = None
         if learner.updates_per_batch > 1:
-            with torch.no_grad():
-                proximal = [self._token_logprobs(micro)[0] for micro in micro_batches]
-        fixed = self._terms.prepare_batch(micro_batches, self._settings.temperature)
+            with torch.no_grad(), timer.part("forward"):
+                proximal = self._proximal(micro_batches)
+        temperature = self._settings.temperature
+        fixed = self._terms.prepare_batch(micro_batches, temperature, self._ranks, real)
         results = [
-            self._update(micro_batches, proximal, fixed) for _ in range(learner.updates_per_batch)
+            self._update(micro_batches, proximal, fixed, timer, real)
+            for _ in range(learner.updates_per_batch)
         ]
         first, last = results[0], results[-1]
         return StepResult(
-            first.loss, first.grad_norm, last.lr, len(results), last.tokens, first.terms
+            first.loss,
+            first.grad_norm,
+            last.lr,
+            len(results),
+            last.tokens,
+            first.terms,
+            timer.seconds(),
         )
+
+    def _proximal(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+        logprobs = []
+        for micro in micro_batches:
+            with replayed_routing(self._model, micro.routed_experts):
+                logprobs.append(self._token_logprobs(micro)[0])
+        self._require_finite(micro_batches, logprobs)
+        return logprobs
 
     def _update(
         self,
         micro_batches: Sequence[MicroBatch],
         proximal: Sequence[Tensor] | None,
         fixed: Sequence[FixedInputs],
+        timer: StepTimer,
+        real: Sequence[bool] | None = None,
     ) -> StepResult:
-        loss_config = self._settings.loss
         self._optimizer.zero_grad(set_to_none=True)
-        total, stats, terms = 0.0, [], TermTotals(float)
-        for index, micro in enumerate(micro_batches):
-            with self._terms.watch() as routers:
-                policy, entropy = self._token_logprobs(micro)
-            anchor = policy.detach() if proximal is None else proximal[index]
-            mask = torch.ones_like(micro.targets, dtype=torch.bool)
-            weights = self._mismatch.weights(anchor, micro.behavior_logprobs, mask)
-            result = policy_loss(
-                policy_logprobs=policy,
-                proximal_logprobs=anchor,
-                advantages=micro.advantages,
-                weights=weights,
-                inverse_denominators=micro.inverse_denominators,
-                mask=mask,
-                clip_low=loss_config.clip_low,
-                clip_high=loss_config.clip_high,
+        terms = TermTotals(lambda: torch.zeros((), dtype=torch.float64, device=self._device))
+        # Nothing in this loop waits for the device: what is to be read of it is read after it.
+        done = [
+            self._accumulation.add(
+                micro, None if proximal is None else proximal[index], fixed[index], terms, timer
             )
-            scored = ScoredTokens(micro, policy, entropy, routers)
-            loss = self._terms.add_to(result.loss, scored, fixed[index], terms)
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
-            stats.append(
-                TokenStats(
-                    _array(log_mismatch_ratio(anchor, micro.behavior_logprobs, mask)),
-                    _array(weights),
-                    micro.ages.cpu().numpy(),
-                    result.clipped.cpu().numpy(),
-                    _array(entropy),
-                )
-            )
-        grad_norm = self._clip_gradients()
-        lr = self._next_lr()
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        crashpoints.reach("stepping", self._updates)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+            for index, micro in enumerate(micro_batches)
+        ]
+        self._require_finite(micro_batches, [one.policy for one in done])
+        with timer.part("optimizer"):
+            grad_norm = self._clip_gradients()
+            lr = self._next_lr()
+            for group in self._optimizer.param_groups:
+                group["lr"] = lr
+            crashpoints.reach("stepping", self._updates)
+            self._optimizer.step()
+            self._optimizer.zero_grad(set_to_none=True)
         self._updates += 1
-        return StepResult(total, grad_norm, lr, 1, concatenate(stats), dict(terms))
+        own = [float(sum(one.loss.double() for one in done)), *map(float, terms.values())]
+        total, *sums = self._ranks.sum(own)
+        counted = [one.stats() for one in compress(done, real or repeat(True))]
+        tokens = self._ranks.join_stats(concatenate(counted))
+        return StepResult(total, grad_norm, lr, 1, tokens, dict(zip(terms, sums, strict=True)))
+
+    def _require_finite(
+        self, micro_batches: Sequence[MicroBatch], logprobs: Sequence[Tensor]
+    ) -> None:
+        """Raises ``NonFiniteLogprobError`` on all ranks when one has a log-prob that is NaN or
+        infinite."""
+        problem: NonFiniteLogprobError | None = None
+        finite = [torch.isfinite(one).all() for one in logprobs]
+        if finite and not bool(torch.stack(finite).all()):
+            found = map(MicroBatch.nonfinite, micro_batches, logprobs, repeat("the train engine"))
+            problem = next(one for one in found if one is not None)
+        try:
+            self._ranks.agree(problem)
+        except NonFiniteLogprobError:
+            self._optimizer.zero_grad(set_to_none=True)
+            raise
 
     def _next_lr(self) -> float:
         learner = self._settings.learner
@@ -208,7 +272,8 @@ class TorchBackend:
         )
 
     def _clip_gradients(self) -> float:
-        norm = float(nn.utils.clip_grad_norm_(self._params, self._settings.learner.grad_clip))
+        whole = nn.utils.clip_grad_norm_(self._params, self._settings.learner.grad_clip)
+        norm = float(whole.full_tensor() if isinstance(whole, DTensor) else whole)
         if not np.isfinite(norm):
             self._optimizer.zero_grad(set_to_none=True)
             raise TrainingError(
@@ -218,23 +283,13 @@ class TorchBackend:
         return norm
 
     def _token_logprobs(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Log-probs fp32 [N] (with gradient when enabled) and entropy [N] of the trained tokens.
-
-        Where the batch has routed experts, the forward runs those. Raises ``NonFiniteLogprobError``
-        when a log-prob is NaN or infinite.
-        """
-        wanted = Positions(micro.input_ids, micro.rows, micro.columns, micro.targets)
-        with replayed_routing(self._model, micro.routed_experts):
-            logprobs, entropy = self._scores.score(
-                wanted,
-                self._settings.temperature,
-                entropy=True,
-                entropy_gradient=self._settings.loss.entropy_coef != 0,
-            )
-        if (problem := micro.nonfinite(logprobs, "the train engine")) is not None:
-            self._optimizer.zero_grad(set_to_none=True)
-            raise problem
-        return logprobs, entropy
+        """Log-probs fp32 [N] (with gradient when enabled) and entropy [N] of the trained tokens."""
+        return self._scores.score(
+            micro.positions,
+            self._settings.temperature,
+            entropy=True,
+            entropy_gradient=self._settings.loss.entropy_coef != 0,
+        )
 
     def logprobs(
         self, sequences: Sequence[ScoredSequence], *, temperature: float
@@ -261,7 +316,10 @@ class TorchBackend:
         )
         targets = torch.tensor([token for one in sequences for token in one.token_ids])
         ids = pad_rows([one.prompt_ids + one.token_ids for one in sequences])
-        wanted = Positions(*(one.to(self._device) for one in (ids, rows, columns, targets)))
+        ids, rows, columns, targets = (
+            one.to(self._device) for one in (ids, rows, columns, targets)
+        )
+        wanted = Positions(ids, rows, columns, targets)
         values, _ = self._scores.score(wanted, temperature)
         return [part.cpu().numpy() for part in torch.split(values, counts)]
 
@@ -274,14 +332,21 @@ class TorchBackend:
         rows = torch.arange(num_sequences, device=self._device)
         for length in range(1, num_tokens + 1):
             columns = torch.full_like(rows, length - 1)
-            logits = self._scores.logits(ids.to(self._device), rows, columns)
+            wanted = Positions(ids.to(self._device), rows, columns, rows)
+            logits = self._scores.logits(wanted).float()
             chosen = torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator)
             ids = torch.cat([ids, chosen], dim=1)
         return [ScoredSequence((int(row[0]),), tuple(row[1:].tolist())) for row in ids]
 
     def state_dict(self) -> dict[str, Tensor]:
         """All state by flat name (see ``tensor_files``). The tensors may alias live state."""
-        return export_state(self._model, self._optimizer, self._updates, self._device)
+        state = export_state(self._model, self._optimizer, self._updates, self._device)
+        # Nothing is drawn from torch's generators in training, so one rank's stand for all.
+        return {
+            name: tensor
+            for name, tensor in state.items()
+            if self._ranks.rank == 0 or isinstance(tensor, DTensor)
+        }
 
     def begin_save(self, directory: Path) -> Future[None]:
         """See ``Backend.begin_save``."""
@@ -289,7 +354,17 @@ class TorchBackend:
 
     def load(self, directory: Path) -> None:
         """See ``Backend.load``."""
-        state = read_tensors(directory)
+        if self._ranks.size == 1:
+            state = read_tensors(directory)
+            self._updates = import_state(self._model, self._optimizer, state, self._device)
+            return
+        problem: CheckpointError | None = None
+        try:
+            state = read_shards(directory, placements(self._model))
+            check_state(self._model, state)
+        except CheckpointError as error:
+            problem = error
+        self._ranks.agree(problem)
         self._updates = import_state(self._model, self._optimizer, state, self._device)
 
     def offload(self) -> None:
@@ -307,8 +382,10 @@ class TorchBackend:
 
     def save_hf(self, directory: Path) -> None:
         """See ``Backend.save_hf``; tokenizer files are copied from the starting model's folder."""
-        export_hf(self._model, directory, dtype=self._settings.dtype, source=self._source)
-
-
-def _array(values: Tensor) -> npt.NDArray[np.float64]:
-    return values.detach().double().cpu().numpy()
+        export_hf(
+            self._model,
+            directory,
+            dtype=self._settings.dtype,
+            source=self._source,
+            write=self._ranks.rank == 0,
+        )

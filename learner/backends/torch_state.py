@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from ringasync.config.schema import LearnerConfig
 from ringasync.errors import CheckpointError
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -41,7 +45,7 @@ def import_state(
 
     Raises: ``CheckpointError`` when names or shapes are not this model's.
     """
-    tensors = _checked(model, state)
+    tensors = check_state(model, state)
     with torch.no_grad():
         for name, tensor in tensors.items():
             tensor.copy_(state[f"model.{name}"])
@@ -56,16 +60,44 @@ def import_state(
 def move_state(model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
     """Move parameters, buffers and moments to ``device`` in place, without loss of a bit.
 
-    The optimizer keeps its parameters; AdamW's step counters stay in main memory as they were.
+    The optimizer keeps its parameters; AdamW's step counters stay in main memory as they were,
+    unless it is the fused one, which has them beside the parameters.
     """
     model.to(device)
     for moments in optimizer.state.values():
-        for key in ("exp_avg", "exp_avg_sq"):
+        for key in _beside_parameters(optimizer):
             if key in moments:
                 moments[key] = moments[key].to(device)
 
 
-def _checked(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def make_optimizer(
+    params: Sequence[nn.Parameter], learner: LearnerConfig, *, fused: bool
+) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices only. ``fused``: one kernel for all parameters, whose
+    counters of steps lie beside them."""
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in params if p.ndim >= 2]},
+        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=learner.lr,
+        betas=learner.betas,
+        eps=learner.adam_eps,
+        weight_decay=learner.weight_decay,
+        fused=fused or None,
+    )
+
+
+def _beside_parameters(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    return _MOMENTS if optimizer.defaults.get("fused") else _MOMENTS[1:]
+
+
+def check_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The model's tensors by name, if ``state`` has them all in their shapes.
+
+    Raises ``CheckpointError``.
+    """
     tensors = model_tensors(model)
     saved = {name[6:]: value for name, value in state.items() if name.startswith("model.")}
     if saved.keys() != tensors.keys():
@@ -93,7 +125,7 @@ def _import_moments(
             if f"optim.{name}.{key}" in state
         }
         if moments:
-            for key in ("exp_avg", "exp_avg_sq"):
+            for key in _beside_parameters(optimizer):
                 moments[key] = moments[key].to(parameter.device)
             optimizer.state[parameter] = moments
 

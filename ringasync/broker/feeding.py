@@ -25,12 +25,18 @@ class FeedingMixin(BrokerCore):
     """The coordinator's scripts; all but the reads carry its fencing token."""
 
     async def feed(
-        self, fence: Fence, request_id: str, groups: Sequence[NewGroup], cursor: str
+        self,
+        fence: Fence,
+        request_id: str,
+        groups: Sequence[NewGroup],
+        cursor: str,
+        after: str | None = None,
     ) -> int:
         """Create groups with rollouts and tickets and move the data cursor, in one script.
 
         Returns how many groups this request fed: a repeat of ``request_id`` gives the first
-        answer. Returns -1, with nothing changed and the cursor unmoved, when Redis is full.
+        answer. Returns -1, with nothing changed and the cursor unmoved, when Redis is full, and -2
+        when ``after`` is given and the stored cursor is another: Redis lost its tail since.
         Raises ``InvariantError`` when a group id was fed before.
         """
         args: list[Arg] = []
@@ -47,6 +53,8 @@ class FeedingMixin(BrokerCore):
                 group.max_new_tokens,
                 group.quarantine_reason.encode("utf-8", "replace"),
             ]
+        if after is not None:
+            args.append(after)
         reply = await self._script(
             "feed", *fence_args(fence), request_id, cursor, len(groups), *args
         )

@@ -12,6 +12,7 @@ from ringasync import __version__
 from ringasync.cli import manage, roles, tools
 from ringasync.cli.config_command import config
 from ringasync.cli.export_command import export
+from ringasync.cli.init_command import init
 from ringasync.cli.replay_command import replay
 from ringasync.errors import RingError
 
@@ -32,7 +33,6 @@ app = typer.Typer(
     epilog=EXIT_CODES,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 
@@ -60,7 +60,8 @@ def _register(panel: str, *commands: Callable[..., None]) -> None:
 _register("Run", roles.up, roles.coordinator, roles.worker, roles.learner, roles.grader)
 _register("Run", roles.redis)
 _register("Look", tools.top, tools.inspect, tools.samples, tools.audit, tools.report, replay)
-_register("Manage", manage.pause, manage.resume, manage.rm, export, config)
+_register("Look", tools.health)
+_register("Manage", init, config, manage.pause, manage.resume, manage.rm, export)
 
 
 def main() -> None:

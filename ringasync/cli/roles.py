@@ -47,6 +47,10 @@ def coordinator(
     overrides: SetOption = None,
     redis_url: RedisUrlOption = "",
     model: ModelOption = "",
+    prepare: Annotated[
+        bool,
+        typer.Option("--prepare", help="Build the starting model first, where `starter` is named."),
+    ] = False,
 ) -> None:
     """Run the coordinator: feeds prompts, closes rounds, returns the work of dead sessions.
 
@@ -54,6 +58,12 @@ def coordinator(
 
     Example: ringasync coordinator configs/demo.toml --redis-url redis://10.0.0.5:6379/0
     """
+    if prepare and not model:
+        from ringasync.cli.running import run_prepare
+
+        chosen = load_config(config, overrides or ())
+        url = resolve_redis_url(chosen, redis_url)
+        model = run_prepare(chosen, config, tuple(overrides or ()), url)
     become("coordinator", config, overrides, redis_url, model)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 
 import uvloop
 
@@ -13,7 +14,8 @@ from ringasync.runtime.redis_keeper import RedisKeeper
 from ringasync.runtime.role import EMBEDDED_URL_FILE
 from ringasync.runtime.roles import Place, role_specs
 from ringasync.runtime.runfiles import claim
-from ringasync.runtime.shutdown import Shutdown
+from ringasync.runtime.shutdown import EXIT_INTERRUPTED, Shutdown
+from ringasync.runtime.starter import prepare_run
 from ringasync.runtime.up import Up, UpOptions, say
 
 
@@ -56,3 +58,19 @@ def run_redis(config: Config) -> int:
         return 0
 
     return run_in_loop(main)
+
+
+def run_prepare(config: Config, config_path: Path, overrides: Sequence[str], url: str) -> str:
+    """The run's folder and starting model, before a role begins; after a signal, the end."""
+    model = ""
+
+    async def main() -> int:
+        nonlocal model
+        shutdown = Shutdown()
+        shutdown.install()
+        model = await prepare_run(config, config_path, overrides, url, shutdown) or ""
+        return 0 if model else EXIT_INTERRUPTED
+
+    if code := run_in_loop(main):
+        raise SystemExit(code)
+    return model

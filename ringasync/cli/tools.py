@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -22,6 +23,7 @@ from ringasync.observability.record_views import (
     render_samples,
 )
 from ringasync.observability.run_metrics import FAILED_ENDS, read_run
+from ringasync.runtime.roles import ROLE_MODULES
 from ringasync.runtime.summary import read_summary, summary_lines
 
 RUNS_DIR = Path("runs")
@@ -38,6 +40,34 @@ def ask(target: Target, question: Callable[[Broker], Awaitable[_T]]) -> _T:
             return await question(broker)
 
     return asyncio.run(body())
+
+
+def health(
+    role: Annotated[str, typer.Argument(metavar="ROLE", help="coordinator, worker, ...")],
+    run: RunOption = "",
+    redis_url: RedisUrlOption = "",
+    runs_dir: RunsDirOption = RUNS_DIR,
+) -> None:
+    """Ask Redis whether a role of this host sends heartbeats. Exit 0 it does, 1 not.
+
+    For the health checks of containers, where a host is one role.
+
+    Example: ringasync health worker --run demo
+    """
+    if role not in ROLE_MODULES:
+        raise ConfigError(f"no role {role!r}: name one of {', '.join(ROLE_MODULES)}")
+    host = socket.gethostname()
+    found = [
+        session
+        for session in ask(resolve_target(run, redis_url, runs_dir), lambda b: b.sessions())
+        if session["role"] == role and session.get("host") == host
+    ]
+    alive = [session for session in found if session.get("state") != "late"]
+    for session in alive or found:
+        typer.echo(f"{session['id']}: heartbeat {session['age_ms']} ms ago")
+    if not alive:
+        typer.echo(f"no {role} of host {host} sends heartbeats", err=True)
+    raise typer.Exit(0 if alive else 1)
 
 
 def top(

@@ -44,7 +44,7 @@ def _tokens(config: Config) -> Iterator[Derived]:
     schedule, longest = config.schedule, config.sampling.max_new_tokens
     phi = schedule.budget.tokens
     yield Derived("tokens a step", f"{phi:,}", "schedule.budget.tokens, Phi")
-    ranks = _ranks(config)
+    ranks = config.learner.ranks
     if ranks > 1:
         yield Derived("tokens a step and rank", f"{phi // ranks:,}", f"Phi / {ranks} ranks")
     if schedule.mode == "rounds":
@@ -115,29 +115,23 @@ def _kv(config: Config, shape: ModelShape) -> Iterator[Derived]:
 
 
 def _learner(config: Config, shape: ModelShape) -> Iterator[Derived]:
-    count, ranks, stage = shape.parameters, _ranks(config), zero_stage(config)
+    count, ranks, stage = shape.parameters, config.learner.ranks, zero_stage(config)
     where = f"{ranks} rank{'s' if ranks > 1 else ''}, ZeRO stage {stage}"
-    on_host = bool(getattr(config.learner, "offload_optimizer", False))
     parts: dict[str, float] = {
         "weights, fp32 master": 4.0 * count / _shards(ranks, stage, 3),
         "gradients, fp32": 4.0 * count / _shards(ranks, stage, 2),
+        "Adam moments, fp32": 8.0 * count / _shards(ranks, stage, 1),
     }
-    moments = 8.0 * count / _shards(ranks, stage, 1)
-    if not on_host:
-        parts["Adam moments, fp32"] = moments
     if config.model.dtype == "bfloat16":
         # Sharded parameters are gathered, and cast, a layer at a time.
         copies = count / shape.layers if stage >= FULLY_SHARDED and ranks > 1 else count
         parts["bf16 copies of the forward"] = 2.0 * copies
     if config.loss.kl_coef > 0:
-        parts["reference model, fp32"] = 4.0 * count / _shards(ranks, stage, 3)
+        parts["reference model, fp32"] = 4.0 * count  # whole on every rank
     parts["activations, estimate"] = activation_bytes(config, shape)
     for name, size in parts.items():
         yield Derived(f"learner: {name}", bytes_text(size), f"each rank; {where}")
     yield Derived("learner: together", bytes_text(sum(parts.values())), "each rank")
-    if on_host:
-        note = "main memory, each rank: learner.offload_optimizer"
-        yield Derived("learner: Adam moments, fp32", bytes_text(moments), note)
 
 
 def activation_bytes(config: Config, shape: ModelShape) -> float:
@@ -146,27 +140,19 @@ def activation_bytes(config: Config, shape: ModelShape) -> float:
     tokens = max(learner.microbatch_tokens, config.model.max_model_len_tokens)
     layer = tokens * shape.activation_values_a_token() * width
     body = shape.layers * layer
-    if getattr(learner, "activation_checkpointing", False):
+    if learner.activation_checkpointing:
         body = shape.layers * tokens * shape.hidden * width + layer
     rows = min(learner.logprob_chunk_tokens or tokens, tokens)
     return float(body + 2 * 4 * rows * shape.vocab)  # logits and their gradient, fp32
 
 
 def zero_stage(config: Config) -> int:
-    """What is sharded over the ranks, as a ZeRO stage: DeepSpeed's setting, or FSDP2's all."""
-    backend: str = config.learner.backend
-    if backend == "torch":
-        return FULLY_SHARDED if _ranks(config) > 1 else 0
-    stage = getattr(config.learner, "zero_stage", None)
-    return 2 if stage is None else int(stage)
+    """What is sharded over the ranks, as a ZeRO stage: everything by FSDP2, alone nothing."""
+    return FULLY_SHARDED if config.learner.ranks > 1 else 0
 
 
 def _shards(ranks: int, stage: int, from_stage: int) -> int:
     return ranks if stage >= from_stage else 1
-
-
-def _ranks(config: Config) -> int:
-    return int(getattr(config.learner, "ranks", 1))
 
 
 def _dtype_bytes(config: Config) -> int:

@@ -78,19 +78,20 @@ def generic_name(location: Sequence[str | int]) -> str:
 def _walk(model: type[BaseModel], prefix: str) -> Iterator[Key]:
     for name, field in model.model_fields.items():
         dotted = f"{prefix}{name}"
-        inner, is_list = _inner_model(field.annotation)
+        inner, is_list = inner_model(field.annotation)
         if inner is None:
             yield Key(dotted, describe(field))
         else:
             yield from _walk(inner, f"{dotted}.*." if is_list else f"{dotted}.")
 
 
-def _inner_model(annotation: object) -> tuple[type[BaseModel] | None, bool]:
+def inner_model(annotation: object) -> tuple[type[BaseModel] | None, bool]:
+    """The section that a field of this type holds, if any, and whether it holds a list of them."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation, False
     arguments = get_args(annotation)
     if get_origin(annotation) is tuple and arguments:
-        return _inner_model(arguments[0])[0], True
+        return inner_model(arguments[0])[0], True
     return None, False
 
 

@@ -42,6 +42,7 @@ LOCAL_KEYS = (
     "worker.max_concurrent",
     "worker.engine_options",
     "worker.gpus",
+    "learner.ranks",
 )
 """What may differ between the roles of one run: it changes where and how fast, not what."""
 
@@ -133,7 +134,9 @@ def _read(path: Path) -> str:
         with path.open("rb") as file:
             raw = file.read(MAX_CONFIG_BYTES + 1)
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; shipped ones lie in configs/") from None
+        raise ConfigError(
+            f"{path}: no such file; `ringasync init` writes one, shipped ones lie in configs/"
+        ) from None
     except IsADirectoryError:
         raise ConfigError(f"{path}: is a folder; name the TOML file in it") from None
     except OSError as error:

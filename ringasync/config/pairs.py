@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 def impossible_pairs(config: Config) -> list[str]:
     """One sentence for each: the keys, the rule and the remedy."""
-    every = (_lengths, _schedule, _replay, _rolling, _routers)
+    every = (_lengths, _schedule, _replay, _rolling, _routers, _ranks, _compiled)
     return [problem for check in every for problem in check(config)]
 
 
@@ -61,6 +61,23 @@ def _schedule(config: Config) -> Iterator[str]:
         )
 
 
+def _ranks(config: Config) -> Iterator[str]:
+    learner = config.learner
+    if learner.ranks == 1:
+        return
+    if ":" in learner.device:
+        yield (
+            f"learner.ranks = {learner.ranks} cannot go with learner.device = {learner.device!r}: "
+            "every rank needs a GPU of its own, in order from the first visible one; set the device"
+            " to 'cuda' and choose GPUs by CUDA_VISIBLE_DEVICES"
+        )
+    if config.schedule.colocated:
+        yield (
+            f"learner.ranks = {learner.ranks} cannot go with schedule.colocated = true: shards do "
+            "not leave their devices; set learner.ranks = 1 or colocated = false"
+        )
+
+
 def _replay(config: Config) -> Iterator[str]:
     if not config.loss.routing_replay:
         return
@@ -99,4 +116,23 @@ def _routers(config: Config) -> Iterator[str]:
         yield (
             "loss.router_balance_coef and loss.router_z_coef above 0 need starter.architecture = "
             '"qwen3_moe": a dense model has no router; set them to 0'
+        )
+
+
+def _compiled(config: Config) -> Iterator[str]:
+    loss = config.loss
+    hooked = {
+        "loss.routing_replay = true": loss.routing_replay,
+        "loss.router_balance_coef above 0": loss.router_balance_coef > 0,
+        "loss.router_z_coef above 0": loss.router_z_coef > 0,
+    }
+    if config.learner.compile and (names := [name for name, on in hooked.items() if on]):
+        yield (
+            f"learner.compile = true cannot go with {', '.join(names)}: hooks on routers are no "
+            "part of a compiled layer; set learner.compile = false"
+        )
+    if config.learner.compile and config.learner.ranks > 1:
+        yield (
+            f"learner.compile = true cannot go with learner.ranks = {config.learner.ranks}: "
+            "compiled layers are not proved on shards; set learner.compile = false"
         )

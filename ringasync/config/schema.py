@@ -252,6 +252,18 @@ class LearnerConfig(Section):
     updates_per_batch: int = Field(1, ge=1)
     """Optimizer steps a batch; above 1 the proximal pass is run."""
     microbatch_tokens: int = Field(16384, ge=1)
+    """What one forward holds. A sequence above it is alone in its micro-batch."""
+    packing: Literal["auto", "varlen", "sequences", "off"] = "auto"
+    """How micro-batches are laid out. ``off``: rows padded to the longest. Else sequences stand one
+    behind the other without padding, and attention runs by one kernel for all (``varlen``: bfloat16
+    on CUDA) or one sequence after the other (``sequences``); ``auto`` takes the first where it
+    can be had. Models that cannot be packed are padded all the same; the log tells why."""
+    activation_checkpointing: bool = False
+    """Keep only the input of each layer for the backward pass, which then runs the layer again: a
+    third more work, and memory for long rollouts."""
+    compile: bool = False
+    """torch.compile of layers and log-softmax. The first steps take a minute or so longer; needs a
+    C compiler."""
     logprob_chunk_tokens: int = Field(1024, ge=0)
     """Positions whose logits are in memory at once; a training step computes them twice where a
     micro-batch has more trained tokens. 0: those of a whole micro-batch, each once."""
@@ -262,6 +274,10 @@ class LearnerConfig(Section):
     """Where the train engine runs; ``cuda:1`` leaves ``cuda:0`` to a worker of the same host.
     ``CUDA_VISIBLE_DEVICES`` of the process does it too: devices are counted among the visible."""
     threads: int = Field(1, ge=1)
+    ranks: int = Field(1, ge=1)
+    """Processes of this host that train together, on a GPU each, with ``threads`` threads each.
+    Above 1 every rank holds a shard of weights, gradients and moments (FSDP2), see
+    docs/learner-ranks.md. It may change between two lives of a run."""
     peak_tflops: float = Field(0.0, ge=0)
     """What the device can do at most, in TFLOP/s, for the metric ``mfu``. 0: that of a GPU known by
     name (H100, H200: 989, dense bf16); on others there is no ``mfu``."""

@@ -85,18 +85,17 @@ class Director:
                 return f"{refusal}; {await self._schedule.close_only(poll, backlog)}"
             return refusal
         doing = await self._schedule.turn(poll, backlog, ledger)
-        if self._data_are_over(backlog):
+        # What was read before the turn does not know what the turn has fed.
+        if self._feeder.data_ended and self._data_are_over(await self._seat.broker.backlog()):
             log.info("the data have ended")
             await self._set_phase(Phase.FINISHING)
         return doing
 
     def _data_are_over(self, backlog: Backlog) -> bool:
         """All prompts are fed, and nothing is open any more that a schedule would still close."""
-        if not self._feeder.data_ended:
-            return False
         if isinstance(self._schedule, RoundsSchedule):
             return self._schedule.ended
-        return backlog.open_rollouts == 0 and backlog.grading_jobs == 0
+        return backlog.open_groups == 0 and backlog.grading_jobs == 0
 
     async def _training_is_over(self, poll: Poll, backlog: Backlog) -> bool:
         """Whether the final version is out: all steps done, or all that the data gave trained."""
@@ -106,7 +105,7 @@ class Director:
         if poll.phase != Phase.FINISHING and poll.learner_step < steps:
             return False
         left = backlog.ready_tokens + backlog.reserved_tokens + backlog.taken_tokens
-        if poll.learner_step < steps and left > 0:
+        if poll.learner_step < steps and (left > 0 or backlog.open_groups > 0):
             return False
         latest = await self._seat.broker.version()
         return latest is not None and latest.learner_step >= poll.learner_step

@@ -139,14 +139,14 @@ class Evaluator:
         broker, fence = self._seat.broker, self._seat.fence
         cursor = await broker.data_cursor()  # held-out prompts do not move it
         try:
-            return await broker.feed(fence, request, groups, cursor) >= 0
+            return await broker.feed(fence, request, groups, cursor, cursor) >= 0
         except InvariantError:
             missing = [g for g in groups if await self._is_unknown(g.group_id)]
             if len(missing) == len(groups):
                 raise
             if not missing:
                 return True
-            return await broker.feed(fence, request + "+", missing, cursor) >= 0
+            return await broker.feed(fence, request + "+", missing, cursor, cursor) >= 0
 
     async def _is_unknown(self, group_id: str) -> bool:
         return await self._seat.broker.group(group_id) is None

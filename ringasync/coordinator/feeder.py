@@ -129,18 +129,26 @@ class Feeder:
         return fed
 
     async def _feed_script(self, groups: list[NewGroup], cursor: Cursor) -> bool:
-        """One feeding; False when Redis is full."""
+        """One feeding; False when Redis is full or has lost the last ones."""
         broker, fence = self._seat.broker, self._seat.fence
         request = f"feed:{fence.token}:{cursor.life}:{self._cursor.next_index}-{cursor.next_index}"
         try:
-            reply = await broker.feed(fence, request, groups, cursor.to_json())
+            reply = await broker.feed(
+                fence, request, groups, cursor.to_json(), self._cursor.to_json()
+            )
         except InvariantError:
             # After a rollback the learner's journal may have brought groups back already.
             missing = [g for g in groups if await broker.group(g.group_id) is None]
             if len(missing) == len(groups):
                 raise
             log.warning("groups were there already", there=len(groups) - len(missing))
-            reply = await broker.feed(fence, request + "+", missing, cursor.to_json())
+            reply = await broker.feed(
+                fence, request + "+", missing, cursor.to_json(), self._cursor.to_json()
+            )
+        if reply == -2:
+            log.warning("redis lost its tail: feeding goes on from the cursor that it has")
+            await self.refresh()
+            return False
         if reply < 0:
             self._full_until = time.monotonic() + _FULL_PAUSE_S
             log.warning("redis is full: feeding waits", groups=len(groups))

@@ -8,13 +8,17 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
+from ringasync.config.load import config_hash, resolved_json
+from ringasync.config.schema import Config
 from ringasync.errors import RingError
 from ringasync.runtime.process import describe_exit, thread_environment
 from ringasync.runtime.roles import STARTER_MODULE, override_arguments
+from ringasync.runtime.runfiles import RunRecord, begin_record, claim, read_record
 from ringasync.runtime.shutdown import Shutdown
 
 
@@ -64,3 +68,46 @@ def _failure(code: int) -> RingError:
     error = RingError(f"the starting model was not built: {what}")
     error.exit_code = code if code > 0 else 128 - code if code else 1
     return error
+
+
+async def starter_of_run(
+    config: Config, config_path: Path, overrides: Sequence[str], shutdown: Shutdown
+) -> str | None:
+    """Folder of the run's starting model: of its earlier start, else built; None after a stop."""
+    known = _model_of_earlier_start(config)
+    if known is not None:
+        return known
+    command = starter_command(config_path, overrides)
+    folder = await build_starter(command, config.starter.threads, shutdown)
+    return None if folder is None else str(folder)
+
+
+async def prepare_run(
+    config: Config, config_path: Path, overrides: Sequence[str], url: str, shutdown: Shutdown
+) -> str | None:
+    """Make the run's folder as ``ringasync up`` does; the model, or None after a stop.
+
+    For roles started one by one in a folder that they share: the others read the model there.
+
+    Raises:
+        RingError: the folder is held or not writable, or the starting model was not built.
+    """
+    with claim(config.run_dir):
+        record = RunRecord(config.run.name, str(config_path), config_hash(config), url, "")
+        begin_record(config.run_dir, record)
+        model: str | None = config.model.path
+        if model == "starter":
+            model = await starter_of_run(config, config_path, overrides, shutdown)
+        if model is not None:
+            replace(record, model=model).write(config.run_dir)
+            resolved = resolved_json(config) + "\n"
+            config.run_dir.joinpath("config.json").write_text(resolved, encoding="utf-8")
+        return model
+
+
+def _model_of_earlier_start(config: Config) -> str | None:
+    """The starter this run already began with, so that a resumed run need not look for it."""
+    record = read_record(config.run_dir)
+    if record is None or record.config_hash != config_hash(config):
+        return None
+    return record.model if record.model and Path(record.model).is_dir() else None

@@ -23,9 +23,9 @@ from ringasync.runtime.progress import progress_lines
 from ringasync.runtime.redis_keeper import RedisKeeper
 from ringasync.runtime.role import EMBEDDED_URL_FILE, REDIS_URL_VARIABLE, resolve_redis_url
 from ringasync.runtime.roles import Place, role_specs
-from ringasync.runtime.runfiles import RunRecord, begin_record, claim, read_record, remove_files
+from ringasync.runtime.runfiles import RunRecord, begin_record, claim, remove_files
 from ringasync.runtime.shutdown import EXIT_INTERRUPTED, Shutdown
-from ringasync.runtime.starter import build_starter, starter_command
+from ringasync.runtime.starter import starter_of_run
 from ringasync.runtime.summary import read_summary, summary_lines
 from ringasync.runtime.supervisor import RestartPolicy, Supervisor
 
@@ -141,12 +141,7 @@ class Up:
         named = options.model or config.model.path
         if named != "starter":
             return named
-        known = _model_of_earlier_start(config)
-        if known is not None:
-            return known
-        command = starter_command(options.config_path, options.overrides)
-        folder = await build_starter(command, config.starter.threads, self._shutdown)
-        return None if folder is None else str(folder)
+        return await starter_of_run(config, options.config_path, options.overrides, self._shutdown)
 
     @asynccontextmanager
     async def _broker_up(self) -> AsyncIterator[str]:
@@ -187,11 +182,3 @@ class Up:
             f"run {name} is finished (its files are in {self._config.run_dir}). To train again "
             f"from the start: ringasync up {path} --fresh; beside it: --set run.name=another"
         )
-
-
-def _model_of_earlier_start(config: Config) -> str | None:
-    """The starter this run already began with, so that a resumed run need not look for it."""
-    record = read_record(config.run_dir)
-    if record is None or record.config_hash != config_hash(config):
-        return None
-    return record.model if record.model and Path(record.model).is_dir() else None

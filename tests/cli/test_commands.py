@@ -25,8 +25,8 @@ from ringasync.runtime.runfiles import RunRecord
 
 COMMANDS = (
     *("up", "coordinator", "worker", "learner", "grader", "redis"),
-    *("top", "inspect", "samples", "audit", "report", "replay"),
-    *("pause", "resume", "rm", "export", "config"),
+    *("top", "inspect", "samples", "audit", "report", "replay", "health"),
+    *("init", "config", "pause", "resume", "rm", "export"),
 )
 TEXT = """
 [run]

@@ -119,6 +119,19 @@ def test_memory_by_part() -> None:
     assert figures["KV cache a token"].value == "8 B"
 
 
+def test_ranks_share_all_state_but_the_reference() -> None:
+    settings = ["learner.ranks=4", "loss.kl_coef=0.1"]
+    figures = {each.name: each for each in arithmetic(load_config(DEMO, settings), TINY)}
+    alone = {each.name: each for each in arithmetic(load_config(DEMO, settings[1:]), TINY)}
+    for name in ("weights, fp32 master", "gradients, fp32"):
+        assert figures[f"learner: {name}"].value == bytes_text(TINY.parameters)
+    assert figures["learner: Adam moments, fp32"].value == bytes_text(2 * TINY.parameters)
+    assert "4 ranks" in figures["learner: gradients, fp32"].formula
+    reference = "learner: reference model, fp32"
+    assert figures[reference].value == alone[reference].value
+    assert "tokens a step and rank" in figures.keys() - alone.keys()
+
+
 def test_a_pool_too_large_for_redis_is_named() -> None:
     config = load_config(DEMO, ["schedule.budget.tokens=100000000"])
     figures = {each.name: each for each in arithmetic(config, None)}

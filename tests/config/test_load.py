@@ -282,6 +282,7 @@ def test_stored_configuration_of_another_release_is_refused(tmp_path: Path) -> N
         "worker.threads=4",
         "worker.max_concurrent=8",
         "worker.engine_options.device=1",
+        "learner.ranks=2",
         "observability.log_level=debug",
     ],
 )

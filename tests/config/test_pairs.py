@@ -64,3 +64,49 @@ def test_router_losses_are_refused_for_a_dense_starter(name: str) -> None:
         Config.model_validate(settings)
     Config.model_validate({**settings, "starter": {"architecture": "qwen3_moe"}})
     Config.model_validate({**settings, "model": {"path": "some/model"}})
+
+
+@pytest.mark.parametrize("name", ["routing_replay", "router_balance_coef", "router_z_coef"])
+def test_compiled_layers_are_refused_where_routers_have_hooks(name: str) -> None:
+    settings: dict[str, Any] = {
+        "data": {"tasks": [{"name": "sums", "kind": "mathematics"}]},
+        "starter": {"architecture": "qwen3_moe"},
+        "worker": {"engine": "vllm"},
+        "loss": {name: True if name == "routing_replay" else 0.1},
+        "learner": {"compile": True},
+    }
+    with pytest.raises(ValidationError, match=r"learner\.compile = true cannot go") as refused:
+        Config.model_validate(settings)
+    assert f"loss.{name}" in str(refused.value)
+    assert "set learner.compile = false" in str(refused.value)
+    settings["loss"], settings["learner"]["ranks"] = {}, 2
+    with pytest.raises(ValidationError, match=r"learner\.compile = true cannot go") as refused:
+        Config.model_validate(settings)
+    assert "learner.ranks = 2" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule", "remedy"),
+    [
+        ({"learner": {"device": "cuda:1"}}, "learner.device = 'cuda:1'", "CUDA_VISIBLE_DEVICES"),
+        (
+            {"schedule": {"mode": "rounds", "colocated": True}},
+            "schedule.colocated = true",
+            "set learner.ranks = 1",
+        ),
+    ],
+)
+def test_ranks_are_refused_where_they_cannot_be(
+    changes: dict[str, dict[str, Any]], rule: str, remedy: str
+) -> None:
+    settings: dict[str, Any] = {
+        "data": {"tasks": [{"name": "sums", "kind": "mathematics"}]},
+        **changes,
+        "learner": {"ranks": 2} | changes.get("learner", {}),
+    }
+    with pytest.raises(ValidationError, match=r"learner\.ranks = 2 cannot go with") as refused:
+        Config.model_validate(settings)
+    assert rule in str(refused.value)
+    assert remedy in str(refused.value)
+    settings["learner"]["ranks"] = 1
+    Config.model_validate(settings)

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from learner.backends.base import StepResult
+from learner.backends.step_timer import StepTimer
 from learner.backends.token_scores import head_problem
 from learner.backends.torch_backend import TorchBackend, TorchSettings
 from learner.batch import TrainBatch
@@ -290,7 +291,9 @@ def test_one_update_needs_no_proximal_pass() -> None:
         if explicit:
             with torch.no_grad():
                 proximal = [backend._token_logprobs(micro)[0] for micro in micros]
-        result = backend._update(micros, proximal, backend._terms.prepare_batch(micros, 1.0))
+        result = backend._update(
+            micros, proximal, backend._terms.prepare_batch(micros, 1.0), StepTimer(CPU)
+        )
         states.append((result.loss, result.grad_norm, backend.state_dict()))
     (loss, norm, one), (other_loss, other_norm, other) = states
     assert (loss, norm) == (other_loss, other_norm)

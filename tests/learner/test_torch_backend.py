@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from learner.backends.base import Backend
 from learner.backends.collate import collate, plan_microbatches
+from learner.backends.token_scores import TokenScores
 from learner.backends.torch_backend import TorchBackend, TorchSettings
 from learner.batch import BatchItem
 from ringasync.config.schema import LearnerConfig, LossConfig
@@ -54,6 +55,7 @@ def test_collate_points_at_the_logits_that_predict() -> None:
 def test_untied_weights_and_missing_logits_to_keep_work() -> None:
     settings = TorchSettings(learner_config(logprob_chunk_tokens=0), LossConfig())
     backend = TorchBackend(tiny_model(tied=False), settings)
+    assert isinstance(backend._scores, TokenScores)
     backend._scores._keeps_logits = False
     full = backend.train_batch(toy_batch())
     other = TorchBackend(tiny_model(tied=False), settings).train_batch(toy_batch())

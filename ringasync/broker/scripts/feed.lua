@@ -1,11 +1,14 @@
 -- uses: groups
 -- role, token, request, cursor, count, then 10 per group: id kind domain prompt prompt_ids task
--- source_index size max_new_tokens quarantine_reason. Begins with its growing write: -1 = full.
+-- source_index size max_new_tokens quarantine_reason; last, the cursor that must stand there.
+-- Begins with its growing write: -1 = full. -2: the cursor is another, Redis lost its tail.
 local refused = fenced(ARGV[1], ARGV[2])
 if refused then return refused end
 local before = answered(ARGV[3])
 if before then return int(before) end
 local count, t, seen = int(ARGV[5]), now(), {}
+local after = ARGV[6 + count * 10]
+if after and after ~= (call('HGET', P .. 'meta', 'cursor') or '') then return -2 end
 for i = 0, count - 1 do
   local gid = ARGV[6 + i * 10]
   if seen[gid] or call('EXISTS', P .. 'group:' .. gid) == 1 then return { '!DUPLICATE', gid } end

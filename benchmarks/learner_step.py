@@ -1,0 +1,296 @@
+"""The learner's step: tokens a second, MFU, memory, and where the time goes.
+
+``python -m benchmarks.learner_step [--device cuda] [--models dense-300m,dense-1b]
+[--sizes 8192,32768,65536] [--arms packed,padded,naive] [--out FILE]`` runs each cell in a process
+of its own, so that none has memory of another's and an arm that fails costs its own row only.
+
+Arms: ``packed`` (compiled layers), ``packed-eager``, ``packed-cudnn`` (one sequence after the
+other by cuDNN's attention), ``padded`` (the learner with packing off, not compiled), ``naive``
+(transformers and DeepSpeed ZeRO-1 in bf16, padded rows with a mask, all logits) and ``trl``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.learner_naive import NaiveStep
+from benchmarks.machine import machine
+from benchmarks.report import Table
+from benchmarks.vllm_models import SHAPES
+from learner.backends.base import StepResult
+from learner.backends.torch_backend import TorchBackend, TorchSettings
+from learner.batch import BatchItem, TrainBatch
+from learner.devices import resolve_device
+from learner.speed import sequence_lengths
+from ringasync.config.model_shape import ModelShape, peak_tflops_of, shape_of, train_flops
+from ringasync.config.schema import LearnerConfig, LossConfig
+from ringasync.records.trajectory import Trajectory
+
+ARMS = ("packed", "packed-eager", "packed-cudnn", "padded", "naive", "trl")
+PROMPT_TOKENS = 64
+KEPT_BYTES = 32 * 2**30
+"""Activations above this, by estimate, are computed again: what an 80 GB device has room for."""
+_COLUMNS = (
+    *("cell", "tokens/s", "MFU %", "step s", "forward s", "backward s", "optimizer s"),
+    *("peak GiB", "padding %", "notes"),
+)
+
+
+def lengths_of(size: int, tokens: int, shortest: float) -> list[int]:
+    """Lengths of sequences, ``tokens`` or a little less together: one of ``size``, the others
+    drawn evenly between ``shortest`` of it and all of it."""
+    generator = np.random.default_rng(size)
+    lengths = [size]
+    while True:
+        one = int(generator.integers(max(PROMPT_TOKENS + 1, int(shortest * size)), size + 1))
+        if sum(lengths) + one > tokens:
+            return lengths
+        lengths.append(one)
+
+
+def batch_of(lengths: list[int], vocab: int) -> TrainBatch:
+    """Random tokens; all after the prompt train."""
+    generator = np.random.default_rng(0)
+    items = []
+    for row, length in enumerate(lengths):
+        count = length - PROMPT_TOKENS
+        one = Trajectory(
+            rollout_id=f"g{row}.0",
+            group_id=f"g{row}",
+            domain="bench",
+            prompt_ids=generator.integers(0, vocab, PROMPT_TOKENS).astype(np.int32),
+            token_ids=generator.integers(0, vocab, count).astype(np.int32),
+            behavior_logprobs=np.full(count, -np.log(vocab), np.float32),
+            policy_versions=np.ones(count, np.int32),
+            loss_mask=np.ones(count, np.bool_),
+            reward=1.0,
+            finish_reason="stop",
+        )
+        items.append(BatchItem(one, (-1.0) ** row, count))
+    trained = sum(item.trained_tokens for item in items)
+    return TrainBatch("b", 0, trained, tuple(items), {1: 0})
+
+
+def model_of(name: str, longest: int, device: torch.device) -> Any:
+    """Random float32 weights, made on ``device``."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields = {**SHAPES[name], "max_position_embeddings": longest}
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    torch.manual_seed(0)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def learner_of(arguments: argparse.Namespace, shape: ModelShape, size: int) -> LearnerConfig:
+    """The settings of an arm of the learner's own."""
+    arm = str(arguments.arms)
+    packed = "sequences" if arm == "packed-cudnn" else "auto"
+    return LearnerConfig.model_validate(
+        {
+            "device": arguments.device,
+            "lr": 1e-6,
+            "warmup_steps": 0,
+            "microbatch_tokens": arguments.microbatch_tokens,
+            "logprob_chunk_tokens": arguments.chunk,
+            "packing": packed if arm.startswith("packed") else "off",
+            "compile": arm in ("packed", "packed-cudnn") and not arguments.no_compile,
+            "activation_checkpointing": checkpoints(arguments, shape, size),
+        }
+    )
+
+
+def checkpoints(arguments: argparse.Namespace, shape: ModelShape, size: int) -> bool:
+    """The same rule for all arms, so that none wins by what it keeps."""
+    if arguments.checkpointing != "auto":
+        return bool(arguments.checkpointing == "on")
+    tokens = max(size, arguments.microbatch_tokens)
+    return bool(shape.layers * tokens * shape.activation_values_a_token() * 2 > KEPT_BYTES)
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """One arm, model and size; the median of the timed steps."""
+    arm, name, size = arguments.arms, arguments.models, int(arguments.sizes)
+    device = resolve_device(arguments.device)
+    cuda = device.type == "cuda"
+    shape = shape_of(SHAPES[name])
+    assert shape is not None
+    batch = batch_of(lengths_of(size, arguments.tokens, arguments.shortest), shape.vocab)
+    model = model_of(name, size, device)
+    dtype = torch.bfloat16 if cuda else torch.float32
+    learner = learner_of(arguments, shape, size)
+    step: Any
+    if arm == "naive":
+        step = NaiveStep(model, learner, dtype)
+    else:
+        step = TorchBackend(model, TorchSettings(learner, LossConfig(mismatch="none"), dtype=dtype))
+    times, results = [], []
+    with _attention_of(arm, cuda):
+        for number in range(arguments.warmup + arguments.steps):
+            if number == arguments.warmup and cuda:
+                torch.cuda.reset_peak_memory_stats()
+            began = time.perf_counter()
+            results.append(step.train_batch(batch))  # its end waits for the device
+            times.append(time.perf_counter() - began)
+    step_s = statistics.median(times[arguments.warmup :])
+    lengths = sequence_lengths(batch)
+    tflop = train_flops(shape, lengths, batch.trained_tokens) / 1e12
+    peak = peak_tflops_of(torch.cuda.get_device_name(device)) if cuda else 0.0
+    last: StepResult = results[-1]
+    return {
+        "arm": arm,
+        "model": name,
+        "size": size,
+        "lengths": lengths,
+        "tokens": sum(lengths),
+        "step_s": step_s,
+        "all_step_s": times,
+        "tokens_per_s": sum(lengths) / step_s,
+        "tflop": tflop,
+        "mfu": tflop / step_s / peak if peak else None,
+        "peak_bytes": torch.cuda.max_memory_allocated() if cuda else _resident_bytes(),
+        "seconds": dict(last.seconds),
+        "loss": last.loss,
+        "padding": padding(lengths, arguments.microbatch_tokens, arm),
+        "activation_checkpointing": learner.activation_checkpointing,
+        "compile": learner.compile and arm != "naive",
+        "packing": getattr(step, "_packing", None),
+    }
+
+
+def padding(lengths: Sequence[int], limit: int, arm: str) -> float:
+    """Share of the positions that are padding."""
+    from learner.backends.collate import plan_microbatches
+
+    if arm.startswith("packed"):
+        return 0.0
+    plan = plan_microbatches(lengths, limit)
+    padded = sum(len(rows) * max(lengths[row] for row in rows) for rows in plan)
+    return 1 - sum(lengths) / padded
+
+
+def _attention_of(arm: str, cuda: bool) -> Any:
+    from contextlib import nullcontext
+
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    if arm != "packed-cudnn" or not cuda:
+        return nullcontext()
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(order, set_priority=True)
+
+
+def _resident_bytes() -> int:
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def cell(arguments: argparse.Namespace, arm: str, name: str, size: int) -> dict[str, Any]:
+    """``measure`` in a process of its own; what goes wrong there is the row's ``error``."""
+    row: dict[str, Any] = {"arm": arm, "model": name, "size": size}
+    needed = {"naive": "deepspeed", "trl": "trl"}.get(arm)
+    if needed and importlib.util.find_spec(needed) is None:
+        return row | {"error": f"skipped: {needed} is not installed here"}
+    if arm == "trl":
+        return row | {"error": "skipped: its trainer has no step on a given batch"}
+    command = [sys.executable, "-m", "benchmarks.learner_step", *sys.argv[1:], "--only"]
+    command += ["--arms", arm, "--models", name, "--sizes", str(size)]
+    try:
+        ended = subprocess.run(
+            command, capture_output=True, text=True, timeout=arguments.cell_timeout_s, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return row | {"error": f"not done in {arguments.cell_timeout_s:.0f} s"}
+    if ended.returncode == 0:
+        found: dict[str, Any] = json.loads(ended.stdout.strip().splitlines()[-1])
+        return found
+    lines = [line for line in ended.stderr.strip().splitlines() if line.strip()]
+    error = next((one for one in reversed(lines) if "Error" in one), lines[-1] if lines else "")
+    return row | {"error": error[:300], "stderr": "\n".join(lines[-40:])}
+
+
+def table_of(rows: list[dict[str, Any]]) -> Table:
+    """For reading; the JSON keeps all."""
+    return Table("Learner step", _COLUMNS, [_cells(row) for row in rows])
+
+
+def _cells(row: dict[str, Any]) -> list[str | float]:
+    name = f"{row['model']} {row['size']} {row['arm']}"
+    if "error" in row:
+        return [name, *[""] * (len(_COLUMNS) - 2), row["error"].replace("|", "/")[:120]]
+    used = [flag for flag in ("compile", "activation_checkpointing") if row[flag]]
+    seconds = row["seconds"]
+    return [
+        name,
+        row["tokens_per_s"],
+        "" if row["mfu"] is None else 100 * row["mfu"],
+        row["step_s"],
+        *(seconds.get(part, 0.0) for part in ("forward", "backward", "optimizer")),
+        row["peak_bytes"] / 2**30,
+        100 * row["padding"],
+        ", ".join([*used, *([row["packing"]] if row["packing"] else [])]),
+    ]
+
+
+def parser() -> argparse.ArgumentParser:
+    """All arguments; the defaults of ``--models`` and so on are for one 80 GB device."""
+    found = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    found.add_argument("--device", default="cpu")
+    found.add_argument("--models", default="dense-300m,dense-1b")
+    found.add_argument("--sizes", default="8192,32768,65536")
+    found.add_argument("--arms", default=",".join(ARMS))
+    found.add_argument("--tokens", type=int, default=131072, help="a step, at most")
+    found.add_argument("--shortest", type=float, default=0.25, help="share of the size")
+    found.add_argument("--microbatch-tokens", type=int, default=32768)
+    found.add_argument("--chunk", type=int, default=8192)
+    found.add_argument("--checkpointing", choices=("auto", "on", "off"), default="auto")
+    found.add_argument("--no-compile", action="store_true")
+    found.add_argument("--warmup", type=int, default=2)
+    found.add_argument("--steps", type=int, default=3)
+    found.add_argument("--cell-timeout-s", type=float, default=180)
+    found.add_argument("--budget-s", type=float, default=570, help="no cell begins after it")
+    found.add_argument("--out", type=Path)
+    found.add_argument("--only", action="store_true", help="one cell, here; prints its JSON")
+    return found
+
+
+def main() -> int:
+    """All cells, by size, then model, then arm; ``--out`` is written anew after each."""
+    arguments = parser().parse_args()
+    if arguments.only:
+        print(json.dumps(measure(arguments)), flush=True)
+        return 0
+    began, rows = time.monotonic(), []
+    where = machine()
+    for size in map(int, arguments.sizes.split(",")):
+        for name in arguments.models.split(","):
+            for arm in arguments.arms.split(","):
+                if time.monotonic() - began > arguments.budget_s:
+                    late = {"arm": arm, "model": name, "size": size, "error": "no time left"}
+                    rows.append(late)
+                    continue
+                rows.append(cell(arguments, arm, name, size))
+                print(json.dumps({k: v for k, v in rows[-1].items() if k != "stderr"}), flush=True)
+                if arguments.out:
+                    settings = {k: str(v) for k, v in vars(arguments).items()}
+                    report = {"machine": where, "settings": settings, "rows": rows}
+                    arguments.out.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    print(table_of(rows).markdown())
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

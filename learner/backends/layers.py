@@ -1,0 +1,67 @@
+"""The decoder layers of a model: activations computed again in the backward pass, compilation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import structlog
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+_EAGER_TOKENS = 8
+"""Inputs of up to this many tokens are probes; a program compiled for them is used for no other."""
+
+
+def prepare_layers(model: nn.Module, *, checkpointing: bool, compiled: bool) -> int:
+    """Wrap the forward of every decoder layer; how many there are.
+
+    ``checkpointing``: of a layer only its input stays for the backward pass, which runs the layer
+    again. Models of the learner are in eval mode (no dropout), where transformers' own switch does
+    nothing. ``compiled``: torch.compile makes one program for all layers of the same build. Names
+    of parameters stay as they are.
+    """
+    if not checkpointing and not compiled:
+        return 0
+    body: Any = getattr(model, "base_model", model)
+    layers = getattr(body, "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        structlog.get_logger(__name__).warning(
+            "learner.activation_checkpointing and learner.compile have no effect: the model has "
+            "no list of decoder layers called 'layers'",
+            model=type(model).__name__,
+        )
+        return 0
+    for layer in layers:
+        forward: Callable[..., Any] = layer.forward
+        if compiled:
+            forward = _compiled(forward)
+        if checkpointing:
+            forward = _checkpointed(forward)
+        layer.__dict__["forward"] = forward  # shadows the method
+    return len(layers)
+
+
+def _compiled(plain: Callable[..., Any]) -> Callable[..., Any]:
+    program: Callable[..., Any] = torch.compile(plain)
+
+    @wraps(plain)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        run = plain if hidden.shape[:2].numel() <= _EAGER_TOKENS else program
+        return run(*args, **kwargs)
+
+    return forward
+
+
+def _checkpointed(plain: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(plain)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return plain(*args, **kwargs)
+        # Nothing is random in eval mode, so no generator's state need be restored.
+        return checkpoint(plain, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    return forward

@@ -1,0 +1,167 @@
+"""The torch engine on two ranks: the contract, and the numbers of one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+from learner.backends.base import Backend
+from learner.backends.tensor_files import read_tensors
+from ringasync.config.schema import LearnerConfig, LossConfig
+from ringasync.errors import CheckpointError
+
+from .backend_contract import BackendContract, learner_config
+from .kit import toy_batch
+from .ranks_kit import TwoRanks, build, keep_gradients, spec_of, two_ranks
+
+RELATIVE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoRanks]:
+    with two_ranks(tmp_path_factory.mktemp("ranks")) as made:
+        yield made
+
+
+class TestShardedTorchBackend(BackendContract):
+    ranks: ClassVar[TwoRanks]
+
+    @pytest.fixture(autouse=True, scope="class")
+    @classmethod
+    def _on(cls, ranks: TwoRanks) -> None:
+        cls.ranks = ranks
+
+    def make(
+        self,
+        learner: LearnerConfig | None = None,
+        loss: LossConfig | None = None,
+        *,
+        temperature: float = 1.0,
+    ) -> Backend:
+        return self.ranks.make(spec_of(learner, loss, temperature=temperature))
+
+
+def _close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Within 1e-5 of the largest value: an element near zero is a difference of large ones."""
+    scale = float(expected.abs().max())
+    assert float((found - expected).abs().max()) <= RELATIVE * scale
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "one micro-batch, a rank without any": {"learner": {"microbatch_tokens": 9999}},
+    "odd number of micro-batches": {"learner": {"microbatch_tokens": 1}, "count": 5},
+    "even number": {"learner": {"microbatch_tokens": 1}, "count": 6},
+    "accumulation": {"learner": {"microbatch_tokens": 48}, "count": 9},
+    "clipping, two updates": {
+        "learner": {"microbatch_tokens": 48, "grad_clip": 0.05, "updates_per_batch": 2},
+    },
+    "one sequence": {"learner": {}, "count": 1},
+    "untied, all logits at once": {"model": "untied", "learner": {"logprob_chunk_tokens": 0}},
+    "chunks computed again": {"learner": {"logprob_chunk_tokens": 4, "microbatch_tokens": 48}},
+    "checkpointed layers": {
+        "learner": {"microbatch_tokens": 48, "activation_checkpointing": True},
+    },
+    "padded": {"learner": {"microbatch_tokens": 48, "packing": "off"}},
+    "all dense terms": {
+        "learner": {"microbatch_tokens": 48},
+        "loss": {"kl_coef": 0.1, "entropy_coef": 0.01, "normalizer": "sequence"},
+    },
+    "routers": {
+        "model": "moe",
+        "count": 5,
+        "learner": {"microbatch_tokens": 1, "freeze_router": "none"},
+        "loss": {"router_balance_coef": 0.1, "router_z_coef": 0.1},
+    },
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_losses_and_gradients_of_two_ranks_are_those_of_one(
+    ranks: TwoRanks, case: dict[str, Any]
+) -> None:
+    settings = {"grad_clip": 1e9, **case["learner"]}
+    spec = spec_of(
+        learner_config(**settings),
+        LossConfig.model_validate(case.get("loss", {})),
+        temperature=0.8,
+        model=case.get("model", "tied"),
+    )
+    # As few micro-batches as can be, whatever the two ranks have.
+    whole = {**spec, "learner": {**spec["learner"], "microbatch_tokens": 9999}}
+    alone, both = build(whole), ranks.make(spec, keeps_gradients=True)
+    expected_gradients, gradients = keep_gradients(alone), keep_gradients(both.local)
+    moe = case.get("model") == "moe"  # a balance is of a micro-batch: the same ones are needed
+    if moe:
+        alone = build(spec)
+        expected_gradients = keep_gradients(alone)
+    for step in range(2):
+        batch = toy_batch(case.get("count", 6), step=step)
+        expected, found = alone.train_batch(batch), both.train_batch(batch)
+        assert found.loss == pytest.approx(expected.loss, rel=RELATIVE, abs=1e-7)
+        assert found.grad_norm == pytest.approx(expected.grad_norm, rel=RELATIVE)
+        assert found.terms == pytest.approx(expected.terms, rel=RELATIVE, abs=1e-7)
+        assert found.tokens.num_tokens == expected.tokens.num_tokens == batch.trained_tokens
+        for name in ("log_ratio", "weights", "ages", "clipped", "entropy"):
+            one, two = (sorted(getattr(r.tokens, name)) for r in (expected, found))
+            assert two == pytest.approx(one, rel=1e-4, abs=1e-5, nan_ok=True)
+    assert gradients.keys() == expected_gradients.keys()
+    for name, gradient in expected_gradients.items():
+        _close(gradients[name], gradient)
+
+
+def test_a_checkpoint_of_two_ranks_goes_on_at_one_and_back(ranks: TwoRanks, tmp_path: Path) -> None:
+    spec = spec_of(learner_config(microbatch_tokens=48))
+    both, alone = ranks.make(spec), build(spec)
+    for step in range(2):
+        both.train_batch(toy_batch(step=step))
+    both.begin_save(tmp_path / "of-two").result()
+    alone.load(tmp_path / "of-two")
+    assert alone.updates == 2
+    expected = [both.train_batch(toy_batch(step=step)).loss for step in (2, 3, 4)]
+    found = [alone.train_batch(toy_batch(step=step)).loss for step in (2, 3)]
+    alone.begin_save(tmp_path / "of-one").result()
+    again = ranks.make(spec)
+    again.load(tmp_path / "of-one")
+    found.append(again.train_batch(toy_batch(step=4)).loss)
+    assert found == pytest.approx(expected, rel=RELATIVE)
+    names = read_tensors(tmp_path / "of-two").keys()
+    assert names == read_tensors(tmp_path / "of-one").keys()
+    assert "model.lm_head.weight" not in names  # tied, once
+    shards = [one.stat().st_size for one in (tmp_path / "of-two").glob("*.distcp")]
+    assert len(shards) == 2
+    assert max(shards) < 0.7 * sum(shards)  # each rank wrote its part
+
+
+def test_the_export_of_two_ranks_is_that_of_one(ranks: TwoRanks, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    for model in ("tied", "moe"):
+        spec = spec_of(model=model, dtype="bfloat16")
+        both, alone = ranks.make(spec), build(spec)
+        both.save_hf(tmp_path / f"{model}-two")
+        alone.save_hf(tmp_path / f"{model}-one")
+        one, two = (load_file(tmp_path / f"{model}-{n}/model.safetensors") for n in ("one", "two"))
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[name], two[name]) for name in one)
+        texts = [(tmp_path / f"{model}-{n}/config.json").read_text() for n in ("one", "two")]
+        assert texts[0] == texts[1]
+
+
+def test_a_checkpoint_of_another_model_changes_nothing_on_any_rank(
+    ranks: TwoRanks, tmp_path: Path
+) -> None:
+    build(spec_of(model="untied")).begin_save(tmp_path / "untied").result()
+    build(spec_of(model="moe")).begin_save(tmp_path / "moe").result()
+    (tmp_path / "damaged").mkdir()
+    both = ranks.make(spec_of())
+    before = both.train_batch(toy_batch())
+    for name in ("untied", "moe", "damaged"):
+        with pytest.raises(CheckpointError):
+            both.load(tmp_path / name)
+    again = ranks.make(spec_of())
+    assert again.train_batch(toy_batch()).loss == before.loss
+    assert again.train_batch(toy_batch(step=1)).loss == both.train_batch(toy_batch(step=1)).loss

@@ -1,0 +1,68 @@
+"""Schedules of faults over the production roles: nothing is lost, doubled or silently wrong."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redis
+
+from tests.conftest import RedisServer
+
+from .explore import run_once, search, simulated_scripts
+from .schedule import Fault, Schedule
+
+pytestmark = [
+    pytest.mark.timeout(600),
+    # A role that is killed leaves its files to the collector, as it should.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+ROUGH = Schedule(
+    "pipelined",
+    7,
+    (
+        Fault(60, "crash_after", 300),
+        Fault(140, "cut", 900),
+        Fault(220, "crash_before", 40),
+        Fault(300, "repeat", 40),
+        Fault(380, "jump", 2500),
+        Fault(420, "late_answer", 300),
+        Fault(460, "crash_after", 5),
+    ),
+)
+
+
+@pytest.fixture
+def server(any_redis: RedisServer) -> Iterator[redis.Redis]:
+    with redis.Redis.from_url(any_redis.url) as client:
+        yield client
+
+
+def test_schedules_hold(server: redis.Redis) -> None:
+    search(server, 30, seed=11)
+
+
+def test_a_schedule_has_the_same_steps_in_every_process(server: redis.Redis) -> None:
+    with simulated_scripts():
+        steps = run_once(server, ROUGH)
+        assert run_once(server, ROUGH) == steps
+    assert sum(" FAULT " in step for step in steps) == len(ROUGH.faults)
+    again = subprocess.run(
+        [sys.executable, "-m", "tests.simulation", "--replay", ROUGH.to_json()],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "PYTHONHASHSEED": "5"},
+    ).stdout
+    assert "\n".join(line for line in steps) in again
+
+
+def test_another_jitter_has_other_steps(server: redis.Redis) -> None:
+    with simulated_scripts():
+        assert run_once(server, Schedule("rounds", 1)) != run_once(server, Schedule("rounds", 2))
