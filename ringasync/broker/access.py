@@ -24,8 +24,8 @@ USER_PREFIX = "ring-"
 MIN_PASSWORD_CHARS = 16
 """Redis keeps an unsalted SHA-256: only long random passwords stand behind it."""
 
-_BASE = ("info", "ping", "select", "client|setinfo", "evalsha", "script|load")
-"""What the client needs before its first script."""
+_BASE = ("info", "ping", "select", "evalsha", "script|load")
+"""What the client needs before its first script. It does without `CLIENT SETINFO` (7.2)."""
 
 _SESSION = ("open_session", "heartbeat", "close_session")
 _LOCK = ("acquire_lock", "renew_lock", "release_lock")
@@ -37,7 +37,13 @@ Reads = Mapping[str, str]
 """Command -> names of keys, separated by spaces."""
 
 _VERSION: Reads = {"hget": "meta versions manifests"}
-_META: Reads = {"hgetall": "meta", "hget": "meta"}
+_META: Reads = {
+    "hgetall": "meta session:",
+    "hget": "meta",
+    "zrange": "sessions",
+    "scard": "leases:",
+}
+"""Joining a run, and `ringasync health`."""
 _LOOK: Reads = {
     "hgetall": "meta ledger group: rollout: session: versions batch:",
     "hget": "meta versions manifests",
@@ -77,9 +83,9 @@ ROLES: Mapping[str, RoleAccess] = {
     ),
     "worker": RoleAccess(
         scripts=(*_SESSION, *_ROLLOUTS, *_GRADING, "push_metrics", "clock"),
-        reads=(_META, _VERSION),
-        weights=("get", "zadd", "zrem", "pexpire", "time", "multi", "exec"),
-        weight_keys=("w:*",),
+        reads=(_META, _VERSION, {"get": "w:*"}),
+        weights=("zadd", "zrem", "pexpire", "time", "multi", "exec"),
+        weight_keys=("w:*:pins",),
         never=_NO_BATCH,
     ),
     "grader": RoleAccess(
@@ -118,9 +124,13 @@ _HELPER_KEYS: Mapping[str, frozenset[str]] = {
 }
 """Keys whose names helpers are given as arguments."""
 
-_ARGUMENT_KEYS: Mapping[str, frozenset[str]] = {"trim_stream": frozenset({"outcomes", "metrics"})}
+_ARGUMENT_KEYS: Mapping[str, frozenset[str]] = {
+    "trim_stream": frozenset({"outcomes", "metrics"}),
+    "backlog": frozenset({"pool", "round", "ledger"}),
+}
+"""Keys that a script is given by name, or keeps in a table."""
 _COMMAND = re.compile(r"call\(\s*'([A-Z]+)'")
-_KEY = re.compile(r"P \.\. '([a-z_:]+)'|'(tickets(?::[a-z]+)?|grading|ledger|pool)'")
+_KEY = re.compile(r"P \.\. '([a-z_:]+)'|'(tickets(?::[a-z]+)?|grading|ledger|pool|round)'")
 _CALLED = re.compile(r"\b([a-z_]+)\(")
 _SIMULATION_ONLY = frozenset({"sim_now"})
 
@@ -140,9 +150,12 @@ def users(
     """The text of an ACL file for Redis.
 
     ``passwords`` by role, and ``admin`` for Redis's own administrator; who has none cannot log in.
-    ``run`` bounds every role to one run. Raises ``ConfigError`` for a short password.
+    ``run`` bounds every role to one run. Raises ``ConfigError`` for a short password and for one
+    that two roles share.
     """
     given = passwords or {}
+    if len(set(given.values())) < len(given):
+        raise ConfigError("two Redis users have the same password: each role needs one of its own")
     admin = f"on {_hashed('admin', given['admin'])} ~* &* +@all" if given.get("admin") else "off"
     lines = [f"user default reset {admin}"]
     for role in ROLES:
@@ -164,7 +177,7 @@ def rules_of(role: str, redis_major: int, run: str | None = None) -> list[str]:
         read_only |= {name for names in reads.values() for name in names.split()}
     written = {*used.keys, ""}  # every script is given the bare prefix as its key
     if "lock:" in written:  # nobody may touch another role's lock
-        written = written - {"lock:"} | ({f"lock:{role}"} if "acquire_lock" in access.scripts else set())
+        written = (written - {"lock:"}) | {f"lock:{role}"}
     for command, names in (access.writes or {}).items():
         commands.add(command)
         written |= set(names.split())
@@ -215,7 +228,8 @@ def _of_scripts(access: RoleAccess) -> _Chunk:
     keys: set[str] = set()
     for script in access.scripts:
         keys |= _ARGUMENT_KEYS.get(script, frozenset())
-        pending, seen = [_chunk((SCRIPTS_DIR / f"{script}.lua").read_text("utf-8"))], set()
+        pending = [_chunk((SCRIPTS_DIR / f"{script}.lua").read_text("utf-8"))]
+        seen: set[str] = set()
         while pending:
             chunk = pending.pop()
             commands |= chunk.commands

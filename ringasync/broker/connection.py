@@ -65,11 +65,10 @@ class SpokenRetry(Retry):
                     is_retryable and not is_retryable(error)
                 ):
                     raise
-                if (refused := _certificate_error(error)) is not None:
+                if (refused := _tls_refusal(error)) is not None:
                     raise BrokerRefusedError(
-                        f"the certificate of Redis at {self._where} is not trusted ({refused}): "
-                        "set redis.tls_ca_file to the CA that signed it, and use the host name "
-                        "that the certificate is for"
+                        f"no TLS with Redis at {self._where} ({refused}): redis.tls_ca_file must "
+                        "hold the CA of its certificate, which must be for this host name"
                     ) from error
                 failures += 1
                 await (fail(error, failures) if with_failure_count else fail(error))
@@ -205,18 +204,32 @@ async def open_client(
 
 async def _check_exposure(client: aredis.Redis, url: str, password: str | None) -> None:
     """Refuse a server that others can use without a password, whatever we ourselves log in with."""
-    if password:
-        if not is_loopback(url) and await _lets_anybody_in(url):
-            raise _open_to_all(redacted(url), "it answers without a password")
-        return
+    if not password:
+        return await _check_open(client, url)
+    parts = urlsplit(url)
+    bare = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+    stranger: aredis.Redis = aredis.from_url(bare, socket_connect_timeout=5, socket_timeout=5)
     try:
-        found: dict[str, str] = {}
+        await stranger.ping()
+        await _check_open(stranger, url)
+    except (RedisError, OSError):
+        return  # as it should be
+    finally:
+        await stranger.aclose()
+
+
+async def _check_open(stranger: aredis.Redis, url: str) -> None:
+    """``stranger`` got in without a password: fine only where nobody else can."""
+    if not is_loopback(url):
+        raise _open_to_all(redacted(url), "it answers without a password")
+    try:
+        found: dict[str | None, str | None] = {}
         for name in ("bind", "protected-mode"):
-            found |= await client.config_get(name)
+            found |= await stranger.config_get(name)
     except RedisError:
-        return  # a managed server that hides its settings; it asked us for no password, on loopback
-    beyond = [a for a in found.get("bind", "").split() if not _is_loopback_bind(a)]
-    if found.get("protected-mode") == "no" and (beyond or not found.get("bind", "")):
+        return  # a managed server that hides its settings
+    beyond = [a for a in (found.get("bind") or "").split() if not _is_loopback_bind(a)]
+    if found.get("protected-mode") == "no" and (beyond or not found.get("bind")):
         interfaces = " ".join(beyond) or "all interfaces"
         raise _open_to_all(redacted(url), f"bind {interfaces}, protected-mode no, no password")
 
@@ -236,23 +249,11 @@ def _is_loopback_bind(address: str) -> bool:
         return False
 
 
-async def _lets_anybody_in(url: str) -> bool:
-    """Whether a client that says no password gets an answer."""
-    parts = urlsplit(url)
-    bare = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
-    stranger: aredis.Redis = aredis.from_url(bare, socket_connect_timeout=5, socket_timeout=5)
-    try:
-        return bool(await stranger.ping())
-    except (RedisError, OSError):
-        return False
-    finally:
-        await stranger.aclose()
-
-
-def _certificate_error(error: BaseException | None) -> ssl.SSLError | None:
-    """The refused certificate that an error comes from, if that is what it is."""
+def _tls_refusal(error: BaseException | None) -> ssl.SSLError | None:
+    """The TLS error behind this one, if trying again cannot mend it."""
+    passing = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)
     while error is not None:
-        if isinstance(error, ssl.SSLCertVerificationError):
+        if isinstance(error, ssl.SSLError) and not isinstance(error, passing):
             return error
         error = error.__cause__ or error.__context__
     return None
@@ -260,10 +261,14 @@ def _certificate_error(error: BaseException | None) -> ssl.SSLError | None:
 
 def unreachable(where: str, budget_s: float, error: Exception) -> BrokerUnreachableError:
     """The error a role ends with when Redis stayed silent, with the remedy."""
+    # Under TLS 1.3 a server that misses our certificate just hangs up after the handshake.
+    unknown = urlsplit(where).scheme == "rediss" and "ssl_certfile" not in where
+    ours = "; if it asks clients for a certificate, set redis.tls_cert_file and redis.tls_key_file"
     return BrokerUnreachableError(
         f"Redis at {where} did not answer for {budget_s:g} s "
         f"({str(error) or type(error).__name__}): "
         "start it, or correct redis.url; redis.retry_budget_s sets how long roles wait"
+        + (ours if unknown else "")
     )
 
 

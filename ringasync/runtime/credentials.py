@@ -4,7 +4,7 @@
 
     RINGASYNC_REDIS_USERNAME          ACL user; empty: Redis's default user
     RINGASYNC_REDIS_PASSWORD          its password
-    RINGASYNC_REDIS_PASSWORD_<ROLE>   for `ringasync up` and `ringasync acl`: one a role, see ACL_ROLES
+    RINGASYNC_REDIS_PASSWORD_<ROLE>   one a role, for `ringasync up` and `ringasync acl`
 
 `ringasync up` gives each role its own user and hides the passwords of the others from it.
 """

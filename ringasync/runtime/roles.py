@@ -84,7 +84,9 @@ def _role_specs(config: Config, place: Place) -> Iterator[RoleSpec]:
     command = role_command("coordinator", place)
     yield RoleSpec("coordinator", command, True, drain_s, environment("coordinator", 1))
     command, threads = role_command("learner", place), config.learner.threads
-    yield RoleSpec("learner", command, True, LEARNER_DRAIN_TIMEOUT_S, environment("learner", threads))
+    yield RoleSpec(
+        "learner", command, True, LEARNER_DRAIN_TIMEOUT_S, environment("learner", threads)
+    )
     for number in range(1, config.worker.count + 1):
         name = f"worker-{number}"
         # A name that lasts over restarts, so that a person can follow one worker in `top`.

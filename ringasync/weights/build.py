@@ -52,9 +52,7 @@ def _second_redis(config: Config) -> Redis:
     password = environment.get("RINGASYNC_WEIGHTS_REDIS_PASSWORD") or environment.get(
         "RINGASYNC_REDIS_PASSWORD"
     )
-    require_password(
-        url, password, "weights.redis_url", "RINGASYNC_WEIGHTS_REDIS_PASSWORD"
-    )
+    require_password(url, password, "weights.redis_url", "RINGASYNC_WEIGHTS_REDIS_PASSWORD")
     if urlsplit(url).scheme == "rediss":
         url = with_tls(url, tls.tls_ca_file, tls.tls_cert_file, tls.tls_key_file)
     try:
