@@ -29,7 +29,7 @@ find_python = for p in $(PYTHON) python3.13 python3.12 python3.11 python3; do \
 	then echo $$p; exit 0; fi; done; \
 	echo "ringasync needs Python 3.11 to 3.13; none found on PATH (set PYTHON=...)" >&2; exit 1
 
-.PHONY: help demo install install-dev install-vllm test test-vllm wheel-test compose-test manifests lint format types bench simulate clean
+.PHONY: help demo install install-dev install-vllm test test-vllm wheel-test compose-test manifests audit lint format types bench simulate clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -68,6 +68,9 @@ manifests: install-dev ## render the Helm chart into deploy/manifests
 
 compose-test: install-dev ## docker-compose.yml for real, in containers; COMPOSE=podman-compose for that engine
 	$(BIN)/python tests/compose/whole_run.py $(ARGS)
+
+audit: $(BIN)/python ## known vulnerabilities of our pins; says so where no database can be asked
+	$(BIN)/python .ci/audit.py
 
 lint: install-dev ## ruff: rules and format
 	$(BIN)/ruff check .

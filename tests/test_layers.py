@@ -152,6 +152,60 @@ def test_nothing_is_pickled_or_evaluated() -> None:
     assert wrong == []
 
 
+UNPICKLERS = {
+    "torch.load": "weights_only=True",
+    "numpy.load": "allow_pickle=False",
+    "np.load": "allow_pickle=False",
+}
+"""Loaders that unpickle what they find unless they are told not to."""
+
+PICKLING_CALLS = (
+    *("torch.save", "broadcast_object_list", "all_gather_object", "gather_object"),
+    *(
+        "scatter_object_list",
+        "send_object_list",
+        "recv_object_list",
+        "yaml.load",
+        "yaml.unsafe_load",
+    ),
+)
+
+
+def pickling(source: str) -> list[str]:
+    """Calls that pickle or unpickle behind another name, with their lines."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        arguments = {f"{one.arg}={ast.unparse(one.value)}" for one in node.keywords}
+        needed = UNPICKLERS.get(called)
+        if (needed is not None and needed not in arguments) or any(
+            called == name or called.endswith(f".{name}") for name in PICKLING_CALLS
+        ):
+            found.append(f"{node.lineno} calls {called}")
+    return found
+
+
+def test_nothing_is_pickled_by_another_name() -> None:
+    """Weights, checkpoints and journals are safetensors, JSON and msgpack."""
+    wrong = [
+        f"{name_of(path)}:{each}"
+        for path in sources(*PACKAGES, "tests", "benchmarks")
+        for each in pickling(path.read_text(encoding="utf-8"))
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["torch.load(p)", "torch.load(p, weights_only=False)", "np.load(p)", "dist.gather_object(x)"],
+)
+def test_a_call_that_pickles_would_be_noticed(source: str) -> None:
+    assert pickling(source)
+    assert pickling("torch.load(p, weights_only=True)") == []
+
+
 def test_no_file_is_too_long() -> None:
     lengths = {
         name_of(path): len(path.read_text(encoding="utf-8").splitlines())

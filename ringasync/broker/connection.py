@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import ssl
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import redis.asyncio as aredis
 import structlog
@@ -63,6 +65,11 @@ class SpokenRetry(Retry):
                     is_retryable and not is_retryable(error)
                 ):
                     raise
+                if (refused := _tls_refusal(error)) is not None:
+                    raise BrokerRefusedError(
+                        f"no TLS with Redis at {self._where} ({refused}): redis.tls_ca_file must "
+                        "hold the CA of its certificate, which must be for this host name"
+                    ) from error
                 failures += 1
                 await (fail(error, failures) if with_failure_count else fail(error))
                 waited_s = time.monotonic() - began
@@ -102,18 +109,42 @@ def is_loopback(url: str) -> bool:
         return False
 
 
-async def open_client(
-    url: str,
-    *,
-    password: str | None = None,
-    connect_timeout_s: float = 5.0,
-    retry_budget_s: float = 60.0,
-) -> aredis.Redis:
-    """Connect to a Redis that is fit to be a broker.
+def require_password(url: str, password: str | None, setting: str, variable: str) -> None:
+    """Raise ``BrokerRefusedError`` for an address beyond this machine without a password."""
+    parts = urlsplit(url)
+    if not is_loopback(url) and not password and not parts.password:
+        raise BrokerRefusedError(
+            f"Redis at {redacted(url)} ({setting}) is reachable from other machines and no "
+            f"password is given: set {variable} (and `requirepass` or ACL users on the server)"
+        )
 
-    Raises ``BrokerUnreachableError`` once the retry budget is spent, ``BrokerRefusedError`` for a
-    wrong password, a version below 6.2, an eviction policy, or an open address without password.
+
+_TLS_FILES = {"ssl_ca_certs": "tls_ca_file", "ssl_certfile": "tls_cert_file"} | {
+    "ssl_keyfile": "tls_key_file"
+}
+"""redis-py's options in an address -> our settings."""
+
+
+def with_tls(url: str, ca_file: str, cert_file: str, key_file: str) -> str:
+    """The address with the TLS files of the settings in it, so that roles and tools share them.
+
+    Raises ``BrokerRefusedError`` when there are such files and the address is not ``rediss://``.
     """
+    values = zip(_TLS_FILES, (ca_file, cert_file, key_file), strict=True)
+    given = {option: value for option, value in values if value}
+    if not given:
+        return url
+    parts = urlsplit(url)
+    if parts.scheme != "rediss":
+        raise BrokerRefusedError(
+            f"redis.{_TLS_FILES[next(iter(given))]} is set, but {redacted(url)!r} does not use "
+            "TLS: write rediss://HOST:PORT/0"
+        )
+    query = urlencode(dict(parse_qsl(parts.query)) | given)
+    return urlunsplit(parts._replace(query=query))
+
+
+def _check_address(url: str) -> None:
     where = redacted(url)
     try:
         parts = urlsplit(url)
@@ -124,34 +155,120 @@ async def open_client(
         raise BrokerRefusedError(
             f"redis.url {where!r} must begin with redis://, rediss:// or unix://"
         )
-    if not is_loopback(url) and not password and not parts.password:
-        raise BrokerRefusedError(
-            f"Redis at {where} is reachable from other machines and no password is given: set "
-            "RINGASYNC_REDIS_PASSWORD (and `requirepass` on the server)"
-        )
-    options: dict[str, Any] = {"password": password} if password else {}
+    for option, value in parse_qsl(parts.query):
+        if option in _TLS_FILES and not Path(value).is_file():
+            raise BrokerRefusedError(
+                f"redis.{_TLS_FILES[option]} = {value!r} is no file on this machine"
+            )
+        if option.startswith("ssl_") and option not in _TLS_FILES:
+            raise BrokerRefusedError(
+                f"redis.url {where!r} sets {option}, which could switch the check of the server's "
+                f"certificate off: only {', '.join(_TLS_FILES)} are allowed"
+            )
+
+
+async def open_client(
+    url: str,
+    *,
+    username: str | None = None,
+    password: str | None = None,
+    connect_timeout_s: float = 5.0,
+    retry_budget_s: float = 60.0,
+) -> aredis.Redis:
+    """Connect to a Redis that is fit to be a broker.
+
+    Raises ``BrokerUnreachableError`` once the retry budget is spent, ``BrokerRefusedError`` for a
+    wrong password, a certificate that is not trusted, a version below 6.2, an eviction policy, or
+    a server that others can reach without a password.
+    """
+    where = redacted(url)
+    _check_address(url)
+    require_password(url, password, "redis.url", "RINGASYNC_REDIS_PASSWORD")
+    given = {"username": username, "password": password}
     client: aredis.Redis = aredis.from_url(
         url,
         socket_connect_timeout=connect_timeout_s,
         socket_timeout=max(15.0, connect_timeout_s),
         retry=SpokenRetry(retry_budget_s, where),
         health_check_interval=30,
-        **options,
+        **{name: value for name, value in given.items() if value},
     )
     try:
         await _check(client, where)
+        await _check_exposure(client, url, password or urlsplit(url).password)
     except BaseException:
         await client.aclose()
         raise
     return client
 
 
+async def _check_exposure(client: aredis.Redis, url: str, password: str | None) -> None:
+    """Refuse a server that others can use without a password, whatever we ourselves log in with."""
+    if not password:
+        return await _check_open(client, url)
+    parts = urlsplit(url)
+    bare = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+    stranger: aredis.Redis = aredis.from_url(bare, socket_connect_timeout=5, socket_timeout=5)
+    try:
+        await stranger.ping()
+        await _check_open(stranger, url)
+    except (RedisError, OSError):
+        return  # as it should be
+    finally:
+        await stranger.aclose()
+
+
+async def _check_open(stranger: aredis.Redis, url: str) -> None:
+    """``stranger`` got in without a password: fine only where nobody else can."""
+    if not is_loopback(url):
+        raise _open_to_all(redacted(url), "it answers without a password")
+    try:
+        found: dict[str | None, str | None] = {}
+        for name in ("bind", "protected-mode"):
+            found |= await stranger.config_get(name)
+    except RedisError:
+        return  # a managed server that hides its settings
+    beyond = [a for a in (found.get("bind") or "").split() if not _is_loopback_bind(a)]
+    if found.get("protected-mode") == "no" and (beyond or not found.get("bind")):
+        interfaces = " ".join(beyond) or "all interfaces"
+        raise _open_to_all(redacted(url), f"bind {interfaces}, protected-mode no, no password")
+
+
+def _open_to_all(where: str, why: str) -> BrokerRefusedError:
+    return BrokerRefusedError(
+        f"Redis at {where} can be used from other machines without a password ({why}): set "
+        "`requirepass` or ACL users (`ringasync acl`) there and RINGASYNC_REDIS_PASSWORD here, or "
+        "`bind 127.0.0.1`"
+    )
+
+
+def _is_loopback_bind(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address.lstrip("-")).is_loopback
+    except ValueError:
+        return False
+
+
+def _tls_refusal(error: BaseException | None) -> ssl.SSLError | None:
+    """The TLS error behind this one, if trying again cannot mend it."""
+    passing = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)
+    while error is not None:
+        if isinstance(error, ssl.SSLError) and not isinstance(error, passing):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def unreachable(where: str, budget_s: float, error: Exception) -> BrokerUnreachableError:
     """The error a role ends with when Redis stayed silent, with the remedy."""
+    # Under TLS 1.3 a server that misses our certificate just hangs up after the handshake.
+    unknown = urlsplit(where).scheme == "rediss" and "ssl_certfile" not in where
+    ours = "; if it asks clients for a certificate, set redis.tls_cert_file and redis.tls_key_file"
     return BrokerUnreachableError(
         f"Redis at {where} did not answer for {budget_s:g} s "
         f"({str(error) or type(error).__name__}): "
         "start it, or correct redis.url; redis.retry_budget_s sets how long roles wait"
+        + (ours if unknown else "")
     )
 
 
@@ -207,5 +324,5 @@ def check_server(
 def _wrong_password(where: str, error: Exception) -> BrokerRefusedError:
     return BrokerRefusedError(
         f"Redis at {where} refused the password ({error}): set RINGASYNC_REDIS_PASSWORD to the "
-        "server's `requirepass`"
+        "server's `requirepass`, or to that of the ACL user in RINGASYNC_REDIS_USERNAME"
     )

@@ -13,7 +13,7 @@ from typing import Any, Final, NoReturn, Self, cast
 
 import redis.asyncio as aredis
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import NoScriptError, ResponseError
+from redis.exceptions import NoPermissionError, NoScriptError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from ringasync.broker import connection
@@ -31,18 +31,20 @@ from ringasync.errors import (
     WeightError,
 )
 
-_SCRIPTS: Final = Path(__file__).with_name("scripts")
+SCRIPTS_DIR: Final = Path(__file__).with_name("scripts")
+_REFUSED_BY_ACL = ("NOPERM", "user executing the script", "ACL failure in script")
+"""What Redis says to a command outside of the user's rights: itself, inside a script 6.2, 7."""
 Arg = str | bytes | int
 
 
 @cache
 def script_source(name: str, simulated: bool) -> bytes:
     """Lua text of one script: clock mode, prelude, group helpers if it uses them, body."""
-    body = (_SCRIPTS / f"{name}.lua").read_bytes()
+    body = (SCRIPTS_DIR / f"{name}.lua").read_bytes()
     parts = [f"local SIMULATED = {'true' if simulated else 'false'}\n".encode()]
-    parts.append((_SCRIPTS / "_prelude.lua").read_bytes())
+    parts.append((SCRIPTS_DIR / "_prelude.lua").read_bytes())
     if body.startswith(b"-- uses: groups"):
-        parts.append((_SCRIPTS / "_groups.lua").read_bytes())
+        parts.append((SCRIPTS_DIR / "_groups.lua").read_bytes())
     return b"".join([*parts, body])
 
 
@@ -84,6 +86,7 @@ class BrokerCore:
         url: str,
         run: str,
         *,
+        username: str | None = None,
         password: str | None = None,
         connect_timeout_s: float = 5.0,
         retry_budget_s: float = 60.0,
@@ -93,6 +96,7 @@ class BrokerCore:
         Keys(run)
         client = await connection.open_client(
             url,
+            username=username,
             password=password,
             connect_timeout_s=connect_timeout_s,
             retry_budget_s=retry_budget_s,
@@ -125,6 +129,8 @@ class BrokerCore:
         except ResponseError as error:
             if "MISCONF" in str(error):
                 raise self._read_only(name, str(error)) from error
+            if any(said in str(error) for said in _REFUSED_BY_ACL):
+                raise self._not_allowed(name, error) from error
             raise InvariantError(f"broker script {name} failed: {error}") from error
         first = reply[0] if isinstance(reply, list) and reply else None
         if isinstance(first, bytes) and first.startswith(b"!"):
@@ -159,6 +165,12 @@ class BrokerCore:
             "there, or raise maxmemory"
         )
 
+    def _not_allowed(self, what: str, error: Exception) -> BrokerRefusedError:
+        return BrokerRefusedError(
+            f"{what}: Redis at {self._where} does not allow this to our ACL user ({error}): log in "
+            "as the user of this role, or renew the server's ACL file by `ringasync acl`"
+        )
+
     def _saw_accepted(self, accepted: int) -> None:
         """Remember how much was accepted: what is gone after a rollback was lost."""
         self._accepted_seen = max(self._accepted_seen, accepted)
@@ -180,6 +192,8 @@ class BrokerCore:
             return await _cancellable(command)
         except (RedisConnectionError, RedisTimeoutError, OSError) as error:
             raise connection.unreachable(self._where, self._budget_s, error) from error
+        except NoPermissionError as error:
+            raise self._not_allowed("a read", error) from error
 
     async def _hash(self, key: str) -> dict[str, str]:
         return pairs(await self._read(self._client.hgetall(key)))

@@ -10,6 +10,7 @@ import typer
 
 from ringasync import __version__
 from ringasync.cli import manage, roles, tools
+from ringasync.cli.acl_command import acl
 from ringasync.cli.config_command import config
 from ringasync.cli.export_command import export
 from ringasync.cli.init_command import init
@@ -61,7 +62,7 @@ _register("Run", roles.up, roles.coordinator, roles.worker, roles.learner, roles
 _register("Run", roles.redis)
 _register("Look", tools.top, tools.inspect, tools.samples, tools.audit, tools.report, replay)
 _register("Look", tools.health)
-_register("Manage", init, config, manage.pause, manage.resume, manage.rm, export)
+_register("Manage", init, config, manage.pause, manage.resume, manage.rm, export, acl)
 
 
 def main() -> None:

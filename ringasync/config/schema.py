@@ -7,9 +7,9 @@ the Redis password comes from ``RINGASYNC_REDIS_PASSWORD``.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from ringasync.config.pairs import impossible_pairs
 from ringasync.config.section import DEVICE_PATTERN, Section
@@ -17,6 +17,19 @@ from ringasync.config.starter import StarterConfig as StarterConfig
 
 RUN_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 """No braces, colons or slashes: the name is a Redis hash tag and a folder name."""
+
+
+def _without_password(url: str) -> str:
+    if "@" in url and ":" in url.rpartition("@")[0].rpartition("/")[2]:
+        raise ValueError(
+            "holds a password, and configurations are stored and shown: take it out and set "
+            "RINGASYNC_REDIS_PASSWORD"
+        )
+    return url
+
+
+Address = Annotated[str, AfterValidator(_without_password)]
+"""Where a Redis is; the password is not a part of it."""
 
 
 class RunConfig(Section):
@@ -30,7 +43,13 @@ class RunConfig(Section):
 class RedisConfig(Section):
     """The broker. ``embedded`` starts a loopback-only server in the run folder."""
 
-    url: str = "embedded"
+    url: Address = "embedded"
+    """``redis://``, or ``rediss://`` for TLS; never with a password, see ``docs/security.md``."""
+    tls_ca_file: str = ""
+    """CA certificates (PEM) that may have signed the server's; empty: the system's."""
+    tls_cert_file: str = ""
+    tls_key_file: str = ""
+    """Our own certificate and its key, for a server that asks clients for one."""
     connect_timeout_s: float = Field(5.0, gt=0)
     retry_budget_s: float = Field(60.0, gt=0)
     """How long a role retries an unreachable Redis before it gives up with exit code 3."""
@@ -289,7 +308,7 @@ class WeightsConfig(Section):
     """Transport ``nccl``: where the learner keeps what it serves. ``device`` holds a copy of the
     published weights on the learner's GPU; ``host`` maps the files; ``auto`` takes the device when
     a quarter of its free memory holds them."""
-    redis_url: str = ""
+    redis_url: Address = ""
     """A second Redis without AOF for transport ``redis``; empty: the main one, 64 MB at most."""
     canary: bool = True
     probe_sequences: int = Field(8, ge=1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -11,9 +10,9 @@ from ringasync.config.load import config_hash
 from ringasync.config.schema import Config
 from ringasync.errors import RingError
 from ringasync.observability.log import get_logger
+from ringasync.runtime.credentials import redis_credentials
 from ringasync.runtime.shutdown import Shutdown
 
-PASSWORD_VARIABLE = "RINGASYNC_REDIS_PASSWORD"  # noqa: S105 - the name, not the secret
 POLL_S = 0.3
 
 log = get_logger()
@@ -33,11 +32,13 @@ async def connected(config: Config, url: str) -> AsyncIterator[Broker]:
 async def broker_client(
     url: str, run: str, connect_timeout_s: float, retry_budget_s: float
 ) -> AsyncIterator[Broker]:
-    """A broker client, closed at the end; the password comes from the environment."""
+    """A broker client, closed at the end; user and password come from the environment."""
+    username, password = redis_credentials()
     broker = await Broker.connect(
         url,
         run,
-        password=os.environ.get(PASSWORD_VARIABLE),
+        username=username,
+        password=password,
         connect_timeout_s=connect_timeout_s,
         retry_budget_s=retry_budget_s,
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import uvloop
 
+from ringasync.broker.connection import with_tls
 from ringasync.config.load import load_config
 from ringasync.config.schema import Config
 from ringasync.errors import ConfigError, RingError
@@ -78,10 +79,12 @@ def resolve_redis_url(config: Config, given: str = "") -> str:
 
     Raises:
         ConfigError: the run uses an embedded Redis that is not up.
+        BrokerRefusedError: there are files for TLS, but the address does not use it.
     """
     url = given or os.environ.get(REDIS_URL_VARIABLE, "") or config.redis.url
     if url != "embedded":
-        return url
+        tls = config.redis
+        return with_tls(url, tls.tls_ca_file, tls.tls_cert_file, tls.tls_key_file)
     return read_embedded_url(config.run_dir)
 
 

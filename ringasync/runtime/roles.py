@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ringasync.config.schema import Config
+from ringasync.runtime.credentials import role_environment
 from ringasync.runtime.process import RoleSpec, thread_environment
 from ringasync.runtime.shutdown import PARENT_PID_VARIABLE
 
@@ -75,19 +76,23 @@ def role_specs(config: Config, place: Place) -> list[RoleSpec]:
 
 
 def _role_specs(config: Config, place: Place) -> Iterator[RoleSpec]:
-    def environment(threads: int) -> dict[str, str]:
-        return thread_environment(threads) | {PARENT_PID_VARIABLE: str(os.getpid())}
+    def environment(role: str, threads: int) -> dict[str, str]:
+        own = {PARENT_PID_VARIABLE: str(os.getpid())} | role_environment(role)
+        return thread_environment(threads) | own
 
     drain_s = config.worker.drain_timeout_s
     command = role_command("coordinator", place)
-    yield RoleSpec("coordinator", command, True, drain_s, environment(1))
+    yield RoleSpec("coordinator", command, True, drain_s, environment("coordinator", 1))
     command, threads = role_command("learner", place), config.learner.threads
-    yield RoleSpec("learner", command, True, LEARNER_DRAIN_TIMEOUT_S, environment(threads))
+    yield RoleSpec(
+        "learner", command, True, LEARNER_DRAIN_TIMEOUT_S, environment("learner", threads)
+    )
     for number in range(1, config.worker.count + 1):
         name = f"worker-{number}"
         # A name that lasts over restarts, so that a person can follow one worker in `top`.
         command = (*role_command("worker", place), "--worker-id", name)
-        places = environment(config.worker.threads) | gpu_environment(config, number - 1)
+        places = environment("worker", config.worker.threads) | gpu_environment(config, number - 1)
         yield RoleSpec(name, command, False, drain_s, places)
     if not config.grader.in_worker:
-        yield RoleSpec("grader", role_command("grader", place), False, drain_s, environment(1))
+        own = environment("grader", 1)
+        yield RoleSpec("grader", role_command("grader", place), False, drain_s, own)

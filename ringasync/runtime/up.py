@@ -16,11 +16,12 @@ from ringasync.config.schema import Config
 from ringasync.errors import RingError
 from ringasync.observability.view import live_view
 from ringasync.records.states import Phase
+from ringasync.runtime.credentials import keep_out_of_sight
 from ringasync.runtime.joining import connected
 from ringasync.runtime.process import RoleSpec
 from ringasync.runtime.progress import progress_lines
 from ringasync.runtime.redis_keeper import RedisKeeper
-from ringasync.runtime.role import EMBEDDED_URL_FILE, REDIS_URL_VARIABLE
+from ringasync.runtime.role import EMBEDDED_URL_FILE, REDIS_URL_VARIABLE, resolve_redis_url
 from ringasync.runtime.roles import Place, role_specs
 from ringasync.runtime.runfiles import RunRecord, begin_record, claim, remove_files
 from ringasync.runtime.shutdown import EXIT_INTERRUPTED, Shutdown
@@ -146,9 +147,11 @@ class Up:
     async def _broker_up(self) -> AsyncIterator[str]:
         """The broker's address; an embedded Redis lives, watched, as long as this context."""
         config, options = self._config, self._options
-        url = options.redis_url or os.environ.get(REDIS_URL_VARIABLE, "") or config.redis.url
-        if url != "embedded":
-            yield url
+        given = options.redis_url or os.environ.get(REDIS_URL_VARIABLE, "")
+        if given:
+            os.environ[REDIS_URL_VARIABLE] = given = keep_out_of_sight(given)
+        if (given or config.redis.url) != "embedded":
+            yield resolve_redis_url(config, given)
             return
         folder = config.run_dir / EMBEDDED_URL_FILE.parent
         self._redis = RedisKeeper(folder, config.redis.maxmemory_bytes, say)
