@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -15,6 +16,7 @@ from learner.backends.ranked import RankedBackend, serve
 from learner.backends.sharding import RankGroup
 from learner.backends.torch_backend import TorchBackend, TorchSettings
 from learner.checkpoint import load_latest
+from learner.exported import note_step
 from learner.journal import Journal, JournalReader
 from learner.keeper import Keeper, acquire_role
 from learner.loop import LearnerLoop
@@ -26,6 +28,7 @@ from ringasync.broker.client import Broker
 from ringasync.broker.types import Fence
 from ringasync.config.schema import Config
 from ringasync.errors import RingError
+from ringasync.observability.exporter import Exporter, exporting
 from ringasync.runtime.joining import connected, join_when_created
 from ringasync.runtime.role import RoleArgs
 from ringasync.runtime.shutdown import Shutdown
@@ -101,7 +104,10 @@ async def run_learner(options: LearnerOptions, shutdown: Shutdown) -> int:
                 report_s=config.learner.stall_report_s,
             )
             if fence is not None:
-                await _run_under_lock(broker, fence, backend, thread, config, shutdown)
+                async with exporting(config, "learner") as exporter:
+                    await _run_under_lock(
+                        broker, fence, backend, thread, config, shutdown, exporter
+                    )
             return 0
         finally:
             if isinstance(backend, RankedBackend):
@@ -116,13 +122,15 @@ async def _run_under_lock(
     thread: TorchThread,
     config: Config,
     shutdown: Shutdown,
+    exporter: Exporter,
 ) -> None:
-    keeper = Keeper(broker, fence, config.learner.lock_ttl_ms)
+    keeper = Keeper(broker, fence, config.learner.lock_ttl_ms, exporter.set)
     keeper.status = {"doing": "starting", "step": 0, "steps": config.learner.steps}
     await keeper.beat()
     beating = asyncio.create_task(keeper.run(), name="learner-keeper")
     working = asyncio.create_task(
-        _work(broker, fence, keeper, backend, thread, config, shutdown), name="learner-loop"
+        _work(broker, fence, keeper, backend, thread, config, shutdown, exporter),
+        name="learner-loop",
     )
     try:
         await asyncio.wait({beating, working}, return_when=asyncio.FIRST_COMPLETED)
@@ -147,6 +155,7 @@ async def _work(
     thread: TorchThread,
     config: Config,
     shutdown: Shutdown,
+    exporter: Exporter,
 ) -> None:
     journal = await asyncio.to_thread(
         Journal.open, journal_dir(config), config.run.name, fence=fence.token
@@ -176,6 +185,7 @@ async def _work(
             state=state,
             config=config,
             shutdown=shutdown,
+            on_step=partial(note_step, exporter),
         )
         await loop.run()
     finally:

@@ -6,6 +6,7 @@ import asyncio
 import os
 import secrets
 import socket
+from collections.abc import Callable, Mapping
 
 import structlog
 
@@ -53,10 +54,17 @@ class Keeper:
     ``run`` then raises ``FencedError`` and the learner must stop.
     """
 
-    def __init__(self, broker: Broker, fence: Fence, ttl_ms: int) -> None:
+    def __init__(
+        self,
+        broker: Broker,
+        fence: Fence,
+        ttl_ms: int,
+        on_status: Callable[[Mapping[str, object]], None] | None = None,
+    ) -> None:
         self._broker = broker
         self._fence = fence
         self._ttl_ms = ttl_ms
+        self._on_status = on_status
         self._session_id = ""
         self._poll: Poll | None = None
         self.status: dict[str, str | int | float] = {}
@@ -71,6 +79,8 @@ class Keeper:
 
     async def beat(self) -> Poll:
         """Renew now and return the fresh answer. Raises ``FencedError`` when the lock is lost."""
+        if self._on_status is not None:
+            self._on_status(self.status)
         await self._broker.renew_lock(self._fence, self._ttl_ms)
         if not self._session_id:
             await self._open_session()

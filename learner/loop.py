@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import structlog
 
@@ -68,8 +70,9 @@ class LearnerLoop:
         state: LearnerState,
         config: Config,
         shutdown: Shutdown,
+        on_step: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> None:
-        self._broker = broker
+        self._broker, self._on_step = broker, on_step
         self._fence = fence
         self._keeper = keeper
         self._backend = backend
@@ -347,6 +350,8 @@ class LearnerLoop:
         metrics["grad_norm_spike"], metrics["grad_norm_median"] = int(norm.is_spike), norm.median
         metrics["checkpoint_step"] = self._checkpointer.written_step
         metrics["checkpoints_failed"] = self._checkpointer.failures
+        if self._on_step is not None:
+            self._on_step(metrics)
         await self._broker.push_metrics("learner", metrics)
         gap = metrics.get("gap_mean")
         if gap is not None and gap > _GAP_ALARM_NATS:

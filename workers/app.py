@@ -11,6 +11,7 @@ from pathlib import Path
 import xxhash
 
 from ringasync.broker.client import Broker
+from ringasync.observability.exporter import exporting
 from ringasync.observability.log import bind_identity, configure_logging, get_logger
 from ringasync.runtime.joining import connected, join_when_created
 from ringasync.runtime.role import RoleArgs
@@ -74,7 +75,9 @@ async def _work(
         companion=grader.run if grader is not None else None,
     )
     try:
-        why = await worker.run()
+        async with exporting(config, "worker", worker_id) as exporter:
+            worker.session.listen(exporter.set)
+            why = await worker.run()
     finally:
         await transport.close()
     log.info("worker ends", why=why)

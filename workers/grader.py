@@ -26,6 +26,7 @@ from ringasync.errors import (
     SessionLostError,
     VerifierError,
 )
+from ringasync.observability.exporter import Exporter, exporting
 from ringasync.observability.log import bind_identity, configure_logging, get_logger
 from ringasync.records.segment import decode_segment
 from ringasync.records.states import Phase
@@ -138,6 +139,7 @@ class Grader:
             "grade_errors": stats.errors,
             "grade_kills": stats.kills,
             "lost_sessions": self._num_lost,
+            "verdict_total_s": round(stats.verify_s, 6),
             "verdict_mean_s": round(stats.verify_s / max(1, stats.verdicts), 6),
             "verdict_max_s": round(stats.verify_max_s, 6),
         }
@@ -223,8 +225,9 @@ def _obey_cancellation() -> None:
 class GraderRole:
     """A grader with a session of its own, for ``python -m workers.grader``."""
 
-    def __init__(self, broker: Broker, args: RoleArgs, name: str) -> None:
+    def __init__(self, broker: Broker, args: RoleArgs, name: str, exporter: Exporter) -> None:
         self._broker, self._config, self._name = broker, args.config, name
+        self._exporter = exporter
         self._session_id = ""
         self._done = asyncio.Event()
         self._grader = Grader(
@@ -273,6 +276,7 @@ class GraderRole:
         worker = self._config.worker
         while True:
             status = self._grader.status()
+            self._exporter.set(status)
             doing = "grading" if status["grade_jobs"] else "waiting for finished rollouts"
             poll = await self._broker.heartbeat(
                 self._session_id, worker.session_ttl_ms, {"doing": doing, **status}
@@ -295,7 +299,8 @@ async def grade_role(args: RoleArgs, shutdown: Shutdown) -> int:
     async with connected(config, args.redis_url) as broker:
         if await join_when_created(broker, config, shutdown):
             log.info("grading", processes=config.grader.processes)
-            await GraderRole(broker, args, name).run(shutdown.requested)
+            async with exporting(config, "grader", name) as exporter:
+                await GraderRole(broker, args, name, exporter).run(shutdown.requested)
     return 0
 
 

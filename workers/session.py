@@ -44,6 +44,11 @@ class SessionKeeper:
         self.session_id = ""
         self.lost = False
         self._poll: Poll | None = None
+        self._listeners: list[Callable[[Status], None]] = []
+
+    def listen(self, listener: Callable[[Status], None]) -> None:
+        """Call ``listener`` with each status that a heartbeat is about to send."""
+        self._listeners.append(listener)
 
     @property
     def poll(self) -> Poll:
@@ -61,8 +66,10 @@ class SessionKeeper:
 
     async def beat(self) -> Poll:
         """One heartbeat."""
-        session_id = self.session_id
-        poll = await self._broker.heartbeat(session_id, self._ttl_ms, self._status())
+        session_id, status = self.session_id, self._status()
+        for listener in self._listeners:
+            listener(status)
+        poll = await self._broker.heartbeat(session_id, self._ttl_ms, status)
         if session_id == self.session_id:
             if not poll.alive:
                 self.mark_lost()

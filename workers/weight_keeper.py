@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,7 @@ class WeightKeeper:
         self.swaps = 0
         self.peer_swaps = 0
         """Swaps whose tensors came out of the learner's memory."""
+        self.swap_total_s = self.swap_paused_total_s = 0.0
 
     @property
     def loaded_number(self) -> int:
@@ -87,9 +89,15 @@ class WeightKeeper:
         return self.loaded.number if self.loaded is not None else 0
 
     @property
-    def figures(self) -> dict[str, int]:
-        """What the heartbeat says of this life's swaps."""
-        return {"swaps": self.swaps, "peer_swaps": self.peer_swaps}
+    def figures(self) -> dict[str, int | float]:
+        """What the heartbeat says of this life's swaps: how many, and the seconds of all of them
+        (canary included, fetch left out), with the part in which the engine stood still."""
+        return {
+            "swaps": self.swaps,
+            "peer_swaps": self.peer_swaps,
+            "swap_total_s": round(self.swap_total_s, 6),
+            "swap_paused_total_s": round(self.swap_paused_total_s, 6),
+        }
 
     def wanted(self, poll: Poll) -> int | None:
         """The version to load next, or None: the pinned one, else the newest that is not bad.
@@ -138,8 +146,10 @@ class WeightKeeper:
         ``before_load`` is called when the engine stands still and every old token is in the store.
         Then the version is on trial: tokens that it samples wait in the store for the canary.
         """
+        began_s = time.monotonic()
         try:
             way = await self._control.prepare(version.folder, version.manifest)
+            paused_s = time.monotonic()
             await self._control.hold("weights")
             before_load()
             self._store.held_version = version.number
@@ -147,6 +157,7 @@ class WeightKeeper:
             crashpoints.reach("swapping")
             await self._control.wake(DEVICE)  # where it slept: loaded first, it wakes but once
             await self._control.release("weights")
+            paused_s = time.monotonic() - paused_s
             await self._try(version.manifest)
         except (CanaryError, EngineError) as error:
             await self._transport.release(version.manifest)
@@ -154,6 +165,8 @@ class WeightKeeper:
         await self._accept(version, way)
         self.swaps += 1
         self.peer_swaps += way != "file"
+        self.swap_total_s += time.monotonic() - began_s
+        self.swap_paused_total_s += paused_s
 
     async def restart(self) -> None:
         """A new engine on the last good version. Raises ``EngineError`` when that fails too."""

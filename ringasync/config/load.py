@@ -36,6 +36,7 @@ MAX_DEPTH = 32
 LOCAL_KEYS = (
     "run.dir",
     "observability",
+    "metrics",
     "redis",
     "worker.count",
     "worker.threads",

@@ -337,6 +337,16 @@ class ObservabilityConfig(Section):
     stall_report_s: float = Field(30.0, gt=0)
 
 
+class MetricsConfig(Section):
+    """Prometheus metrics of every role, see docs/metrics.md. Local: roles may differ in it."""
+
+    host: str = "127.0.0.1"
+    """Address that the ports listen on. Whoever reaches it reads the metrics: there is no login."""
+    port: int = Field(0, ge=0, le=65000)
+    """The coordinator's port; the learner has the next one, every worker and grader the first free
+    one after that. 0: no metrics are served."""
+
+
 class Config(Section):
     """A whole run."""
 
@@ -354,6 +364,7 @@ class Config(Section):
     weights: WeightsConfig = WeightsConfig()
     eval: EvalConfig = EvalConfig()
     observability: ObservabilityConfig = ObservabilityConfig()
+    metrics: MetricsConfig = MetricsConfig()
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

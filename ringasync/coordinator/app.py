@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ringasync.broker.client import Broker
@@ -13,6 +14,7 @@ from ringasync.config.load import config_hash, resolved_json
 from ringasync.config.schema import Config
 from ringasync.coordinator.director import Director
 from ringasync.coordinator.evaluation import Evaluator
+from ringasync.coordinator.exported import note_line
 from ringasync.coordinator.feeder import Feeder
 from ringasync.coordinator.pipelined import PipelinedSchedule
 from ringasync.coordinator.prompts import PromptSource, load_encoder
@@ -23,6 +25,7 @@ from ringasync.coordinator.seat import Seat
 from ringasync.coordinator.summary import build_summary, write_summary
 from ringasync.coordinator.watchdog import Watchdog
 from ringasync.errors import EnvironmentRefusedError, RingError
+from ringasync.observability.exporter import Exporter, exporting
 from ringasync.observability.log import get_logger
 from ringasync.records.states import Phase
 from ringasync.runtime.joining import connected
@@ -74,14 +77,18 @@ class Coordinator:
         Raises:
             RingError: something stands in the way, or the role has passed to another process.
         """
-        async with connected(self._config, self._place.redis_url) as broker:
+        config = self._config
+        async with (
+            connected(config, self._place.redis_url) as broker,
+            exporting(config, "coordinator") as exporter,
+        ):
             source = await asyncio.to_thread(self._make_source, self._config, self._place.model)
             while not self._shutdown.is_requested:
-                if await self._hold_seat(broker, source):
+                if await self._hold_seat(broker, source, exporter):
                     break
             return 0
 
-    async def _hold_seat(self, broker: Broker, source: PromptSource) -> bool:
+    async def _hold_seat(self, broker: Broker, source: PromptSource, exporter: Exporter) -> bool:
         """Take the seat and serve; False when Redis came back empty and it must begin again."""
         config_json, digest = resolved_json(self._config), config_hash(self._config)
         new = await broker.create_run(config_json, digest, self._config.schedule.mode)
@@ -90,7 +97,7 @@ class Coordinator:
             return True
         log.info("coordinator begins", new_run=new, fence=seat.fence.token, config_hash=digest)
         try:
-            await self._serve(seat, source)
+            await self._serve(seat, source, exporter)
         except RingError as error:
             if isinstance(error, EnvironmentRefusedError) or await _run_exists(broker):
                 raise
@@ -99,12 +106,12 @@ class Coordinator:
         await _leave(seat)
         return True
 
-    async def _serve(self, seat: Seat, source: PromptSource) -> None:
+    async def _serve(self, seat: Seat, source: PromptSource, exporter: Exporter) -> None:
         await seat.beat()
         if seat.poll.phase == Phase.DONE:
             log.info("the run is done already")
             return
-        recorder = Recorder(seat)
+        recorder = Recorder(seat, partial(note_line, exporter))
         recorder.open()
         try:
             director = await self._build(seat, source, recorder)

@@ -32,13 +32,14 @@ _SESSION_FIELDS = (
 
 log = get_logger(__name__)
 OutcomeListener = Callable[[Outcome], None]
+LineListener = Callable[[dict[str, Any]], None]
 
 
 class Recorder:
     """Writes lines, keeps ``history`` up to date, tells listeners of outcomes after recording."""
 
-    def __init__(self, seat: Seat) -> None:
-        self._seat = seat
+    def __init__(self, seat: Seat, on_line: LineListener | None = None) -> None:
+        self._seat, self._on_line = seat, on_line
         self._file = MetricsFile(seat.run_dir / METRICS_FILE)
         self._scalars: ScalarWriter = open_scalars(
             seat.run_dir / "tensorboard", wanted=seat.config.observability.tensorboard
@@ -112,6 +113,8 @@ class Recorder:
         self._file.append(lines)
         for line in lines:
             self.history.add(line)
+            if self._on_line is not None:
+                self._on_line(line)
 
     async def _snapshot_if_due(self) -> None:
         if time.monotonic() - self._snapshot_s >= SNAPSHOT_EVERY_S:
@@ -132,6 +135,9 @@ class Recorder:
             "t_s": round(time.time() - self.history.first_ms / 1000, 3),
             "learner_step": self._seat.poll.learner_step,
             "policy_version": self._seat.poll.latest_version,
+            "paused": self._seat.poll.paused,
+            "paused_feeding": backlog.paused_feeding,
+            "stall": self._seat.status["stall"],
             "ledger": await broker.ledger(),
             "queues": queues,
             "workers": [
