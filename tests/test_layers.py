@@ -22,8 +22,11 @@ MAX_LINES = 400
 HEAVY = ("torch", "vllm", "transformers", "workers", "learner", "deepspeed")
 PICKLES = ("pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")
 
-ALLOWED_OF_PICKLE = "pickle.UnpicklingError"
-"""The error to catch, not the loader."""
+ALLOWED_OF_PICKLE = {
+    "learner/backends/index_reader.py": ("pickle",),  # an unpickler with a list of names
+    "tests/learner/test_index_reader.py": ("pickle",),
+}
+"""torch writes a checkpoint's index as a pickle; nothing else may load one."""
 
 LAYERS: dict[str, int] = {
     "errors": 0,
@@ -142,8 +145,12 @@ def test_algorithms_are_pure(folder: str) -> None:
 
 def test_nothing_is_pickled_or_evaluated() -> None:
     everything = sources(*PACKAGES, "tests", "benchmarks")
-    wrong = [o for path in everything for o in offences(path, *PICKLES)]
-    wrong = [each for each in wrong if not each.endswith(f" {ALLOWED_OF_PICKLE}")]
+    wrong = [
+        o
+        for path in everything
+        for o in offences(path, *PICKLES)
+        if not o.endswith(tuple(f" imports {n}" for n in ALLOWED_OF_PICKLE.get(name_of(path), ())))
+    ]
     for path in everything:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             called = node.func if isinstance(node, ast.Call) else None

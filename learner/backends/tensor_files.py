@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.tensor import DTensor
 
+from learner.backends.index_reader import IndexReader
 from ringasync.durable import sync_path
 from ringasync.errors import CheckpointError
 from ringasync.runtime import crashpoints
@@ -134,13 +135,13 @@ def write_tensors(
 def read_tensors(directory: Path) -> dict[str, Tensor]:
     """Every tensor of the folder in full, on the CPU. Raises ``CheckpointError``."""
     with _readable(directory):
-        metadata = FileSystemReader(directory).read_metadata()
+        metadata = IndexReader(directory).read_metadata()
         tensors = {
             name: torch.empty(entry.size, dtype=entry.properties.dtype)
             for name, entry in metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
-        dcp_load(tensors, storage_reader=FileSystemReader(directory), no_dist=True)
+        dcp_load(tensors, storage_reader=IndexReader(directory), no_dist=True)
     return tensors
 
 
@@ -151,7 +152,7 @@ def read_shards(directory: Path, like: Mapping[str, DTensor]) -> dict[str, Tenso
     sent. Raises ``CheckpointError``, also where a shape is another one.
     """
     with _readable(directory):
-        reader = FileSystemReader(directory)
+        reader = IndexReader(directory)
         tensors: dict[str, Tensor] = {}
         for name, entry in reader.read_metadata().state_dict_metadata.items():
             if not isinstance(entry, TensorStorageMetadata):
@@ -180,7 +181,7 @@ def read_model(directory: Path, tensors: Mapping[str, Tensor]) -> None:
     """
     wanted = {f"model.{name}": tensor for name, tensor in tensors.items()}
     with _readable(directory):
-        reader = FileSystemReader(directory)
+        reader = IndexReader(directory)
         saved = {
             name: tuple(entry.size)
             for name, entry in reader.read_metadata().state_dict_metadata.items()
