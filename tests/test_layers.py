@@ -41,6 +41,7 @@ LAYERS: dict[str, int] = {
     "rewards": 4,
     "observability": 4,
     "runtime": 5,
+    "ui": 5,
     "coordinator": 6,
     "cli": 7,
     "__main__": 8,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
-from ringasync.broker.core import BrokerCore
-from ringasync.broker.types import AuditReport
+from ringasync.broker.core import BrokerCore, pairs, text
+from ringasync.broker.types import AuditReport, GroupView, RolloutView
 from ringasync.records.states import LIVE_ACCOUNTS, Account
 
 
@@ -67,6 +68,56 @@ class ToolsMixin(BrokerCore):
     async def group(self, group_id: str) -> dict[str, str] | None:
         """A group's fields; None when unknown."""
         return await self._hash(self.keys.group(group_id)) or None
+
+    async def live_groups(self) -> list[str]:
+        """Ids of all groups that are neither trained nor ended otherwise, in no order."""
+        return [text(raw) for raw in await self._read(self._client.smembers(self.keys.live))]
+
+    async def group_states(self, group_ids: Sequence[str]) -> list[GroupView]:
+        """State of these groups and of each of their rollouts, unknown ones left out.
+
+        Two round trips, however many they are.
+        """
+        found = [
+            (group_id, fields)
+            for group_id, raw in zip(
+                group_ids,
+                await self._many([self.keys.group(group_id) for group_id in group_ids]),
+                strict=True,
+            )
+            if (fields := pairs(raw))
+        ]
+        ids = [
+            f"{group_id}.{index}"
+            for group_id, fields in found
+            for index in fields.get("members", "").split(",")
+            if index
+        ]
+        rollouts: dict[str, list[RolloutView]] = {}
+        replies = await self._many([self.keys.rollout(rollout_id) for rollout_id in ids])
+        for rollout_id, raw in zip(ids, replies, strict=True):
+            row = pairs(raw)
+            view = RolloutView(rollout_id, row.get("state", "gone"), int(row.get("tokens") or 0))
+            rollouts.setdefault(rollout_id.rpartition(".")[0], []).append(view)
+        return [
+            GroupView(
+                group_id,
+                fields.get("state", ""),
+                fields.get("domain", ""),
+                tuple(rollouts.get(group_id, ())),
+            )
+            for group_id, fields in found
+        ]
+
+    async def _many(self, keys: Sequence[str]) -> list[Any]:
+        """HGETALL of each key, in one round trip."""
+        if not keys:
+            return []
+        async with self._client.pipeline(transaction=False) as pipe:
+            for key in keys:
+                pipe.hgetall(key)
+            replies: list[Any] = await self._read(pipe.execute())
+        return replies
 
     async def samples(self, n: int) -> list[dict[str, Any]]:
         """The newest graded responses as text, newest first."""

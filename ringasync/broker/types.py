@@ -255,3 +255,22 @@ class AuditReport:
     differences: dict[str, int] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
     """Broken links found on the way: leases without session, groups with wrong counts..."""
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutView:
+    """A rollout for people: ``tokens`` are the policy's so far."""
+
+    id: str
+    state: str
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class GroupView:
+    """A group for people, with its rollouts in the order of their numbers."""
+
+    id: str
+    state: str
+    domain: str
+    rollouts: tuple[RolloutView, ...]

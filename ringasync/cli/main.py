@@ -15,6 +15,7 @@ from ringasync.cli.config_command import config
 from ringasync.cli.export_command import export
 from ringasync.cli.init_command import init
 from ringasync.cli.replay_command import replay
+from ringasync.cli.ui_command import ui
 from ringasync.errors import RingError
 
 EXIT_CODES = "\n\n".join(
@@ -61,7 +62,7 @@ def _register(panel: str, *commands: Callable[..., None]) -> None:
 _register("Run", roles.up, roles.coordinator, roles.worker, roles.learner, roles.grader)
 _register("Run", roles.redis)
 _register("Look", tools.top, tools.inspect, tools.samples, tools.audit, tools.report, replay)
-_register("Look", tools.health)
+_register("Look", tools.health, ui)
 _register("Manage", init, config, manage.pause, manage.resume, manage.rm, export, acl)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -22,6 +23,48 @@ _SHOWN_FIELDS = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class HistoryRow:
+    """One transition of a rollout. ``at_ms`` by Redis's clock, ``after`` since the first one."""
+
+    at_ms: int
+    after: str
+    event: str
+    who: str
+    version: str
+    tokens: str
+    why: str
+
+
+def history_rows(history: Sequence[Mapping[str, Any]]) -> list[HistoryRow]:
+    """A rollout's transitions as text, oldest first."""
+    first_ms = int(history[0].get("t_ms", 0)) if history else 0
+    return [
+        HistoryRow(
+            at_ms := int(entry.get("t_ms", 0)),
+            f"{(at_ms - first_ms) / 1000:.1f} s",
+            str(entry.get("event", "?")),
+            str(entry.get("worker", "")),
+            str(entry.get("versions") or entry.get("version", "")),
+            str(entry.get("tokens", "")),
+            str(entry.get("why") or (f"reward {entry['reward']}" if "reward" in entry else "")),
+        )
+        for entry in history
+    ]
+
+
+def inspect_rows(
+    fields: Mapping[str, str], group: Mapping[str, str] | None
+) -> Iterator[tuple[str, str]]:
+    """Names and values of a rollout's fields and of those of its group that explain it."""
+    for name in _SHOWN_FIELDS:
+        if fields.get(name):
+            yield name, _state(fields, group) if name == "state" else fields[name]
+    for name in ("state", "domain", "prompt", "reason"):
+        if group and group.get(name):
+            yield f"group's {name}", group[name]
+
+
 def render_inspect(
     rollout_id: str,
     fields: Mapping[str, str] | None,
@@ -35,19 +78,10 @@ def render_inspect(
     table = Table(expand=True, box=None, header_style="bold")
     for heading in ("when", "after", "event", "who", "version", "tokens", "why"):
         table.add_column(heading, overflow="fold")
-    first_ms = int(history[0].get("t_ms", 0)) if history else 0
-    for entry in history:
-        at_ms = int(entry.get("t_ms", 0))
-        why = entry.get("why") or (f"reward {entry['reward']}" if "reward" in entry else "")
-        table.add_row(
-            Text(time.strftime("%H:%M:%S", time.localtime(at_ms / 1000))),
-            Text(f"{(at_ms - first_ms) / 1000:.1f} s"),
-            plain(entry.get("event", "?")),
-            plain(entry.get("worker", "")),
-            plain(entry.get("versions") or entry.get("version", "")),
-            plain(entry.get("tokens", "")),
-            plain(why),
-        )
+    for row in history_rows(history):
+        clock = Text(time.strftime("%H:%M:%S", time.localtime(row.at_ms / 1000)))
+        shown = (row.after, row.event, row.who, row.version, row.tokens, row.why)
+        table.add_row(clock, *(plain(text) for text in shown))
     parts.append(table)
     return Group(*parts)
 
@@ -108,13 +142,8 @@ def render_failures(failures: Sequence[Mapping[str, Any]]) -> RenderableType:
 def _fields(fields: Mapping[str, str], group: Mapping[str, str] | None) -> RenderableType:
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim")
-    for name in _SHOWN_FIELDS:
-        if fields.get(name):
-            shown = _state(fields, group) if name == "state" else fields[name]
-            grid.add_row(Text(name), plain(shown))
-    for name in ("state", "domain", "prompt", "reason"):
-        if group and group.get(name):
-            grid.add_row(Text(f"group's {name}"), plain(group[name]))
+    for name, value in inspect_rows(fields, group):
+        grid.add_row(Text(name), plain(value))
     return grid
 
 

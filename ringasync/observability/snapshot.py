@@ -5,13 +5,14 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict, deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
 from ringasync.broker.client import Broker
 from ringasync.broker.types import Backlog, Outcome
 from ringasync.config.schema import Config
+from ringasync.errors import BrokerUnreachableError
 
 RECENT_STEPS = 512
 _READ_COUNT = 500
@@ -133,6 +134,19 @@ class SnapshotReader:
         label = outcome.group_id[1:].rpartition("-")[0]
         reward = outcome.rewards[0] if outcome.end == "evaluated" and outcome.rewards else None
         self._evals.setdefault(label, {})[outcome.group_id] = reward
+
+
+async def fresh_or_last(reader: SnapshotReader, last: Snapshot | None) -> Snapshot:
+    """A new snapshot; while Redis does not answer the last one, with the problem in it.
+
+    Raises ``BrokerUnreachableError`` when there is no last one.
+    """
+    try:
+        return await reader.read()
+    except BrokerUnreachableError as error:
+        if last is None:
+            raise
+        return replace(last, problem=str(error))
 
 
 def _eval_mean(label: str, found: dict[str, float | None]) -> EvalMean:

@@ -6,7 +6,6 @@ import asyncio
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
@@ -18,10 +17,9 @@ from rich.text import Text
 
 from ringasync.broker.client import Broker
 from ringasync.config.schema import Config
-from ringasync.errors import BrokerUnreachableError
 from ringasync.observability.plain import duration, human, plain
 from ringasync.observability.record_views import render_audit, render_inspect, render_samples
-from ringasync.observability.snapshot import Snapshot, SnapshotReader
+from ringasync.observability.snapshot import Snapshot, SnapshotReader, fresh_or_last
 from ringasync.records.states import Phase
 
 __all__ = ["live_view", "render", "render_audit", "render_inspect", "render_samples"]
@@ -55,27 +53,17 @@ async def live_view(
     snapshot: Snapshot | None = None
     with Live(console=console, auto_refresh=False) as live:
         while True:
-            snapshot = await _read(reader, snapshot)
-            if snapshot is not None:
-                if console.is_terminal:
-                    live.update(render(snapshot), refresh=True)
-                else:
-                    console.print(render(snapshot))
-                if snapshot.phase == Phase.DONE:
-                    return
+            snapshot = await fresh_or_last(reader, snapshot)
+            if console.is_terminal:
+                live.update(render(snapshot), refresh=True)
+            else:
+                console.print(render(snapshot))
+            if snapshot.phase == Phase.DONE:
+                return
             with suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), interval_s)
             if stop.is_set():
                 return
-
-
-async def _read(reader: SnapshotReader, last: Snapshot | None) -> Snapshot | None:
-    try:
-        return await reader.read()
-    except BrokerUnreachableError as error:
-        if last is None:
-            raise
-        return replace(last, problem=str(error))
 
 
 def render(snapshot: Snapshot) -> RenderableType:

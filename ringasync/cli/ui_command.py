@@ -1,0 +1,37 @@
+"""``ringasync ui``: the web page of a run."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ringasync.broker.client import Broker
+from ringasync.cli.options import RedisUrlOption, RunOption, RunsDirOption
+from ringasync.cli.target import config_of, resolve_target
+from ringasync.cli.tools import RUNS_DIR, ask
+from ringasync.errors import ConfigError
+
+
+def ui(
+    run: RunOption = "",
+    redis_url: RedisUrlOption = "",
+    runs_dir: RunsDirOption = RUNS_DIR,
+    host: Annotated[str, typer.Option(help="Address to listen on; there is no login.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8642,
+) -> None:
+    """Show a run in the browser: reward, queues, workers, staleness, ledger, rollouts. Reads only.
+
+    Example: ringasync ui --run demo --port 8642
+    """
+    target = resolve_target(run, redis_url, runs_dir)
+    if not target.redis_url:
+        raise ConfigError(f"run {target.name!r} is not up; see `ringasync report {target.name}`")
+    from ringasync.ui.server import serve  # the web server's libraries are for this command only
+
+    async def body(broker: Broker) -> None:
+        await serve(broker, await config_of(broker), host, port, typer.echo)
+
+    ask(target, body)
