@@ -108,11 +108,11 @@ ROLES: Mapping[str, RoleAccess] = {
     ),
     "operator": RoleAccess(
         scripts=("create_run", "set_meta", "audit", "backlog", "clock"),
-        reads=(_LOOK,),
+        reads=(_LOOK, {"smembers": "live"}),
         writes={"scan": "", "unlink": "*", "del": "ends"},
     ),
 }
-"""``operator`` is the person at the command line: `up`, `top`, `audit`, `pause`, `rm`."""
+"""``operator`` is the person at the command line: `up`, `top`, `ui`, `audit`, `pause`, `rm`."""
 
 _STREAMS = frozenset({"tickets", "tickets:resume", "tickets:eval", "grading"})
 _HELPER_KEYS: Mapping[str, frozenset[str]] = {

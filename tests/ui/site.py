@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -79,9 +80,9 @@ def group(number: int) -> NewGroup:
     )
 
 
-async def fill(redis_url: str, run: str) -> None:
+async def fill(redis_url: str, run: str, password: str | None = None) -> None:
     """Groups open, one ready, one half parked; steps, sessions and a stall."""
-    broker = await Broker.connect(redis_url, run)
+    broker = await Broker.connect(redis_url, run, password=password)
     try:
         config = run_config(run)
         await broker.create_run(resolved_json(config), config_hash(config))
@@ -116,7 +117,7 @@ async def fill(redis_url: str, run: str) -> None:
 
 
 @contextmanager
-def serving(redis_url: str, run: str) -> Iterator[Site]:
+def serving(redis_url: str, run: str, **environment: str) -> Iterator[Site]:
     """`ringasync ui` in a process of its own."""
     command = [sys.executable, "-m", "ringasync", "ui", "--run", run, "--redis-url", redis_url]
     process = subprocess.Popen(
@@ -124,6 +125,7 @@ def serving(redis_url: str, run: str) -> Iterator[Site]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        env={**os.environ, **environment},
     )
     try:
         assert process.stdout is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import html
 import re
 import signal
@@ -14,11 +15,13 @@ from urllib.parse import urlsplit
 import pytest
 import redis
 
+from ringasync.broker import access
 from ringasync.broker.embedded import EmbeddedRedis
 from ringasync.broker.keys import Keys
 from ringasync.ui.app import HEADERS
 from tests.conftest import RedisServer
-from tests.ui.site import GROUPS, HOSTILE, STEPS, Site, filled
+from tests.redis_process import redis_process
+from tests.ui.site import GROUPS, HOSTILE, STEPS, Site, fill, filled, serving
 
 PAGES = ("/", "/now", "/rollouts", "/rollouts?page=2", "/rollout/g000000.1", "/samples")
 
@@ -170,6 +173,20 @@ def test_a_taken_port_and_a_run_that_is_not_there_are_said(site: Site) -> None:
         )
         assert done.returncode == code, done.stderr
         assert said in done.stderr
+
+
+def test_the_operators_rights_are_enough(any_redis: RedisServer, tmp_path: Path) -> None:
+    """Under the user that `ringasync acl` makes for the person at the command line."""
+    passwords = {name: f"password-of-the-{name}" for name in ("operator", "admin")}
+    users = tmp_path / "users.acl"
+    users.write_text(access.users(int(any_redis.version.split(".")[0]), passwords))
+    with redis_process(any_redis.binary, tmp_path, "--aclfile", str(users)) as port:
+        url = f"redis://127.0.0.1:{port}/0"
+        asyncio.run(fill(url, "t-acl", passwords["admin"]))
+        name, password = f"{access.USER_PREFIX}operator", passwords["operator"]
+        as_operator = {"RINGASYNC_REDIS_USERNAME": name, "RINGASYNC_REDIS_PASSWORD": password}
+        with serving(url, "t-acl", **as_operator) as site:
+            assert {path: site.get(path).status for path in PAGES} == dict.fromkeys(PAGES, 200)
 
 
 def test_redis_away_is_said_over_what_was_last_seen(any_redis: RedisServer, tmp_path: Path) -> None:
