@@ -27,19 +27,17 @@ import torch
 
 from benchmarks.learner_naive import NaiveStep
 from benchmarks.machine import machine
+from benchmarks.random_batch import PROMPT_TOKENS, random_batch
 from benchmarks.report import Table
 from benchmarks.vllm_models import SHAPES
 from learner.backends.base import StepResult
 from learner.backends.torch_backend import TorchBackend, TorchSettings
-from learner.batch import BatchItem, TrainBatch
 from learner.devices import resolve_device
 from learner.speed import sequence_lengths
 from ringasync.config.model_shape import ModelShape, peak_tflops_of, shape_of, train_flops
 from ringasync.config.schema import LearnerConfig, LossConfig
-from ringasync.records.trajectory import Trajectory
 
 ARMS = ("packed", "packed-eager", "packed-cudnn", "padded", "naive", "trl")
-PROMPT_TOKENS = 64
 KEPT_BYTES = 32 * 2**30
 """Activations above this, by estimate, are computed again: what an 80 GB device has room for."""
 _COLUMNS = (
@@ -58,29 +56,6 @@ def lengths_of(size: int, tokens: int, shortest: float) -> list[int]:
         if sum(lengths) + one > tokens:
             return lengths
         lengths.append(one)
-
-
-def batch_of(lengths: list[int], vocab: int) -> TrainBatch:
-    """Random tokens; all after the prompt train."""
-    generator = np.random.default_rng(0)
-    items = []
-    for row, length in enumerate(lengths):
-        count = length - PROMPT_TOKENS
-        one = Trajectory(
-            rollout_id=f"g{row}.0",
-            group_id=f"g{row}",
-            domain="bench",
-            prompt_ids=generator.integers(0, vocab, PROMPT_TOKENS).astype(np.int32),
-            token_ids=generator.integers(0, vocab, count).astype(np.int32),
-            behavior_logprobs=np.full(count, -np.log(vocab), np.float32),
-            policy_versions=np.ones(count, np.int32),
-            loss_mask=np.ones(count, np.bool_),
-            reward=1.0,
-            finish_reason="stop",
-        )
-        items.append(BatchItem(one, (-1.0) ** row, count))
-    trained = sum(item.trained_tokens for item in items)
-    return TrainBatch("b", 0, trained, tuple(items), {1: 0})
 
 
 def model_of(name: str, longest: int, device: torch.device) -> Any:
@@ -127,7 +102,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     cuda = device.type == "cuda"
     shape = shape_of(SHAPES[name])
     assert shape is not None
-    batch = batch_of(lengths_of(size, arguments.tokens, arguments.shortest), shape.vocab)
+    batch = random_batch(
+        [
+            length - PROMPT_TOKENS
+            for length in lengths_of(size, arguments.tokens, arguments.shortest)
+        ],
+        shape.vocab,
+    )
     model = model_of(name, size, device)
     dtype = torch.bfloat16 if cuda else torch.float32
     learner = learner_of(arguments, shape, size)

@@ -13,40 +13,21 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import torch
 
+from benchmarks.random_batch import PROMPT_TOKENS, random_batch
 from learner.backends.torch_backend import TorchBackend, TorchSettings
-from learner.batch import BatchItem, TrainBatch
+from learner.batch import TrainBatch
 from ringasync.config.schema import LearnerConfig, LossConfig
-from ringasync.records.trajectory import Trajectory
 
 ROW_TOKENS = 1024
-PROMPT_TOKENS = 64
 STEPS = 3
 
 
 def batch_of(tokens: int, vocab: int) -> TrainBatch:
     """``tokens`` trained tokens in rows of ``ROW_TOKENS``, drawn at random."""
-    generator = np.random.default_rng(0)
-    items = []
-    for row in range(max(1, tokens // ROW_TOKENS)):
-        count = min(ROW_TOKENS, tokens)
-        one = Trajectory(
-            rollout_id=f"g{row}.0",
-            group_id=f"g{row}",
-            domain="bench",
-            prompt_ids=generator.integers(0, vocab, PROMPT_TOKENS).astype(np.int32),
-            token_ids=generator.integers(0, vocab, count).astype(np.int32),
-            behavior_logprobs=np.full(count, -np.log(vocab), np.float32),
-            policy_versions=np.ones(count, np.int32),
-            loss_mask=np.ones(count, np.bool_),
-            reward=1.0,
-            finish_reason="stop",
-        )
-        items.append(BatchItem(one, (-1.0) ** row, count))
-    trained = sum(item.trained_tokens for item in items)
-    return TrainBatch("b", 0, trained, tuple(items), {1: 0})
+    rows = max(1, tokens // ROW_TOKENS)
+    return random_batch([min(ROW_TOKENS, tokens)] * rows, vocab)
 
 
 def measure(arguments: argparse.Namespace, chunk_tokens: int) -> dict[str, object]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from learner.rank_process import die_with_launcher, rank_of_this_process
 from ringasync.errors import RingError
 from ringasync.observability.log import configure_logging
-from ringasync.runtime.role import RoleArgs, resolve_args, role_parser, run_role
+from ringasync.runtime.role import RoleArgs, report_error, resolve_args, role_parser, run_role
 from ringasync.runtime.shutdown import Shutdown
 
 
@@ -25,8 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = resolve_args(namespace)
     except RingError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+        return report_error(error)
     config = args.config
     rank = rank_of_this_process() if config.learner.ranks > 1 else 0
     role = f"learner-rank-{rank}" if rank else "learner"
@@ -38,8 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return launch(config.learner, list(sys.argv[1:] if argv is None else argv))
         except RingError as error:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-            return error.exit_code
+            return report_error(error)
     if config.learner.ranks > 1:
         die_with_launcher()
     if rank:
@@ -61,8 +59,7 @@ def run_follower(args: RoleArgs) -> int:
     try:
         follow(args.config, args.model)
     except RingError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+        return report_error(error)
     return 0
 
 

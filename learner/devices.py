@@ -8,6 +8,18 @@ from ringasync.config.schema import LearnerConfig
 from ringasync.errors import ConfigError
 
 
+def visible_gpus() -> int:
+    """How many CUDA devices ``CUDA_VISIBLE_DEVICES`` and the torch build leave."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def settled(name: str) -> str:
+    """``name`` of a device, where ``auto`` is ``cuda`` if there is such a device, else ``cpu``."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name
+
+
 def resolve_device(name: str, setting: str = "learner.device") -> torch.device:
     """The device that ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` means here.
 
@@ -18,12 +30,10 @@ def resolve_device(name: str, setting: str = "learner.device") -> torch.device:
     Raises:
         ConfigError: a device that this machine does not have.
     """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
+    device = torch.device(settled(name))
     if device.type != "cuda":
         return device
-    present = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    present = visible_gpus()
     if (device.index or 0) >= present:
         raise ConfigError(
             f"{setting} = {name!r}, but {present} CUDA devices are visible: set 'auto' or 'cpu', "

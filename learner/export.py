@@ -7,11 +7,11 @@ export` runs for weights that are in a checkpoint only. ``DIR`` exists and is em
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from ringasync.errors import CheckpointError, RingError
+from ringasync.runtime.role import report_error
 
 
 def export_checkpoint(checkpoint: Path, model: str, dtype: str, into: Path) -> None:
@@ -52,11 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         export_checkpoint(arguments.checkpoint, arguments.model, arguments.dtype, arguments.to)
     except CheckpointError as error:
         gone = "" if arguments.checkpoint.is_dir() else " (replaced by a newer one: try again)"
-        print(f"{type(error).__name__}: {error}{gone}", file=sys.stderr)
-        return error.exit_code
+        return report_error(error, gone)
     except RingError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+        return report_error(error)
     return 0
 
 

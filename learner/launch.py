@@ -17,11 +17,11 @@ from collections.abc import Mapping, Set
 from types import FrameType
 
 import psutil
-import torch
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from learner.devices import settled, visible_gpus
 from learner.rank_process import LAUNCHER_PID_VARIABLE
 from ringasync.config.schema import LearnerConfig
 from ringasync.errors import ConfigError
@@ -74,9 +74,8 @@ def launch(learner: LearnerConfig, argv: list[str]) -> int:
 
     Raises ``ConfigError``: fewer GPUs than ranks.
     """
-    visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    on_gpus = learner.device == "cuda" or (learner.device == "auto" and visible > 0)
-    if on_gpus and visible < learner.ranks:
+    visible = visible_gpus()
+    if settled(learner.device) == "cuda" and visible < learner.ranks:
         raise ConfigError(
             f"learner.ranks = {learner.ranks}, but {visible} CUDA devices are visible, and every "
             "rank needs one: lower learner.ranks, look at CUDA_VISIBLE_DEVICES, or set "

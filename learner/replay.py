@@ -26,6 +26,7 @@ from ringasync.errors import CheckpointError, ConfigError, JournalError, RingErr
 from ringasync.observability.log import configure_logging
 from ringasync.observability.run_metrics import read_run
 from ringasync.runtime.replay import ReplaySettings, replay_settings
+from ringasync.runtime.role import report_error
 from ringasync.runtime.runfiles import read_record
 
 if TYPE_CHECKING:  # torch loads late: refusals come at once
@@ -300,8 +301,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return replay(options)
     except RingError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+        return report_error(error)
     except KeyboardInterrupt:
         return 130
 

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from ringasync.config.load import load_config
 from ringasync.config.schema import Config
 from ringasync.errors import ConfigError, RingError
-from ringasync.runtime.role import role_parser
+from ringasync.runtime.role import report_error, role_parser
 
 RECIPE_VERSION = 1
 """Raise it when the code below makes another model from the same settings."""
@@ -129,8 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with progress(config.starter.steps) as report:
             folder = ensure_starter(config, report)
     except RingError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+        return report_error(error)
     print(folder)
     return 0
 

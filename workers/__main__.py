@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from ringasync.errors import RingError
-from ringasync.runtime.role import resolve_args, role_parser, run_role
+from ringasync.runtime.role import report_error, resolve_args, role_parser, run_role
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,8 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = resolve_args(namespace)
     except RingError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+        return report_error(error)
     # Imported late: --help and a wrong configuration must not wait for heavy libraries.
     from workers.app import work_role
 

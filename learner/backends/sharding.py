@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from learner.backends.collate import Positions
 from learner.backends.ranks import Ranks
 from learner.backends.token_scores import TokenScores
-from learner.devices import resolve_device
+from learner.devices import resolve_device, settled
 from ringasync.config.schema import LearnerConfig
 from ringasync.errors import ConfigError
 
@@ -52,9 +52,7 @@ class RankGroup:
                 f"learner.ranks = {learner.ranks}, but {started} ranks were started: start them "
                 "by `ringasync up` or `ringasync learner`, which start as many as that says"
             )
-        name = learner.device
-        if name == "auto":
-            name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = settled(learner.device)
         device = resolve_device(
             f"cuda:{rank}" if name == "cuda" else name, f"learner.ranks = {started}: rank {rank}"
         )

@@ -119,8 +119,10 @@ def require_password(url: str, password: str | None, setting: str, variable: str
         )
 
 
-_TLS_FILES = {"ssl_ca_certs": "tls_ca_file", "ssl_certfile": "tls_cert_file"} | {
-    "ssl_keyfile": "tls_key_file"
+_TLS_FILES = {
+    "ssl_ca_certs": "tls_ca_file",
+    "ssl_certfile": "tls_cert_file",
+    "ssl_keyfile": "tls_key_file",
 }
 """redis-py's options in an address -> our settings."""
 

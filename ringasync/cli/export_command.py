@@ -14,7 +14,7 @@ from ringasync.config.load import config_from_json, load_config
 from ringasync.config.schema import Config
 from ringasync.errors import ConfigError
 from ringasync.runtime.exporting import Exported, export_weights, find_weights
-from ringasync.runtime.runfiles import read_record
+from ringasync.runtime.runfiles import SETTINGS_FILE, read_record
 
 RUNS_DIR = Path("runs")
 
@@ -55,7 +55,7 @@ def _run(run: str, runs_dir: Path) -> tuple[Path, Config, str]:
     run_dir = resolve_run_dir(run, runs_dir)
     record = read_record(run_dir)
     try:
-        config = config_from_json((run_dir / "config.json").read_text(encoding="utf-8"))
+        config = config_from_json((run_dir / SETTINGS_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"nothing to export yet: run {run!r} never began to train") from None
     return run_dir, config, record.model if record else config.model.path

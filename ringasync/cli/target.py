@@ -50,6 +50,14 @@ def resolve_target(run: str, redis_url: str, runs_dir: Path) -> Target:
     return _target(newest.name, newest, redis_url)
 
 
+def running_target(run: str, redis_url: str, runs_dir: Path) -> Target:
+    """``resolve_target`` for what can only be asked of a run that is up; else ``ConfigError``."""
+    target = resolve_target(run, redis_url, runs_dir)
+    if not target.redis_url:
+        raise ConfigError(f"run {target.name!r} is not up; see `ringasync report {target.name}`")
+    return target
+
+
 def resolve_run_dir(run: str, runs_dir: Path) -> Path:
     """The folder of a run whose files are here; its broker need not be.
 

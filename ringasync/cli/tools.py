@@ -14,7 +14,14 @@ from rich.console import Console, RenderableType
 from ringasync.broker.client import Broker
 from ringasync.broker.types import AuditReport
 from ringasync.cli.options import RedisUrlOption, RunOption, RunsDirOption
-from ringasync.cli.target import Target, broker_of, config_of, resolve_run_dir, resolve_target
+from ringasync.cli.target import (
+    Target,
+    broker_of,
+    config_of,
+    resolve_run_dir,
+    resolve_target,
+    running_target,
+)
 from ringasync.errors import ConfigError
 from ringasync.observability.record_views import (
     render_audit,
@@ -77,9 +84,7 @@ def top(
 
     Example (from another machine): ringasync top --run demo --redis-url redis://10.0.0.5:6379/0
     """
-    target = resolve_target(run, redis_url, runs_dir)
-    if not target.redis_url:
-        raise ConfigError(f"run {target.name!r} is not up; see `ringasync report {target.name}`")
+    target = running_target(run, redis_url, runs_dir)
     from ringasync.observability.view import live_view
 
     async def watch(broker: Broker) -> None:

@@ -8,9 +8,8 @@ import typer
 
 from ringasync.broker.client import Broker
 from ringasync.cli.options import RedisUrlOption, RunOption, RunsDirOption
-from ringasync.cli.target import config_of, resolve_target
+from ringasync.cli.target import config_of, running_target
 from ringasync.cli.tools import RUNS_DIR, ask
-from ringasync.errors import ConfigError
 
 
 def ui(
@@ -26,9 +25,7 @@ def ui(
 
     Example: ringasync ui --run demo --port 8642
     """
-    target = resolve_target(run, redis_url, runs_dir)
-    if not target.redis_url:
-        raise ConfigError(f"run {target.name!r} is not up; see `ringasync report {target.name}`")
+    target = running_target(run, redis_url, runs_dir)
     from ringasync.ui.server import serve  # the web server's libraries are for this command only
 
     async def body(broker: Broker) -> None:

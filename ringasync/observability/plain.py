@@ -18,6 +18,11 @@ def printable(text: str, keep: str = "") -> str:
     )
 
 
+def is_number(value: object) -> bool:
+    """Whether a value out of a metrics line is one that can be shown as a number."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def human(number: float) -> str:
     """``1234567`` as ``1.23M``; small whole numbers as they are."""
     for limit, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):

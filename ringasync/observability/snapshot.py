@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict, deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -58,6 +59,18 @@ class Snapshot:
     def phase(self) -> str:
         """``running``, ``finishing`` or ``done``."""
         return self.meta.get("phase", "?")
+
+    @property
+    def state(self) -> str:
+        """The phase, and whether a person paused the run, in words."""
+        return self.phase + (" (paused)" if self.meta.get("paused") == "1" else "")
+
+    def accounts(self) -> Iterator[tuple[str, int, float]]:
+        """Every ledger account that holds tokens: name, tokens, share of the accepted ones."""
+        accepted = max(1, self.ledger.get("accepted", 0))
+        for account, tokens in self.ledger.items():
+            if account != "accepted" and tokens:
+                yield account, tokens, tokens / accepted
 
     @property
     def stalls(self) -> list[str]:

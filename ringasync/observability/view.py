@@ -17,7 +17,7 @@ from rich.text import Text
 
 from ringasync.broker.client import Broker
 from ringasync.config.schema import Config
-from ringasync.observability.plain import duration, human, plain
+from ringasync.observability.plain import duration, human, is_number, plain
 from ringasync.observability.record_views import render_audit, render_inspect, render_samples
 from ringasync.observability.snapshot import Snapshot, SnapshotReader, fresh_or_last
 from ringasync.records.states import Phase
@@ -119,14 +119,13 @@ def _beside(panels: Sequence[RenderableType], ratios: Sequence[int]) -> Renderab
 
 def _header(snapshot: Snapshot, width: int) -> RenderableType:
     step, total = snapshot.learner_step, snapshot.steps_total
-    state = snapshot.phase + (" (paused)" if snapshot.meta.get("paused") == "1" else "")
     grid = Table.grid(padding=(0, 2))
     bar = ProgressBar(
         total=max(1, total), completed=min(step, total), width=30 if width >= _WIDE else 16
     )
     grid.add_row(
         Text(snapshot.run, style="bold"),
-        plain(state),
+        plain(snapshot.state),
         Text(f"step {step}/{total}"),
         bar,
         Text("" if snapshot.eta_s is None else f"{duration(snapshot.eta_s)} to go"),
@@ -154,7 +153,7 @@ def _learning(snapshot: Snapshot, spark_steps: int) -> RenderableType:
         ("budget fill", "budget_fill", "{:.0%}"),
         ("response length", "response_length_mean", "{:.0f} tokens"),
     ):
-        if _is_number(last.get(key)):
+        if is_number(last.get(key)):
             _add(table, name, form.format(last[key]))
     if not last:
         _add(table, "steps", "none yet")
@@ -186,23 +185,16 @@ def _flow(snapshot: Snapshot) -> RenderableType:
 def _ledger(snapshot: Snapshot) -> RenderableType:
     table = _pairs()
     _add(table, "accepted", human(snapshot.ledger.get("accepted", 0)))
-    for account, tokens, share in _accounts(snapshot):
+    for account, tokens, share in snapshot.accounts():
         _add(table, account, f"{human(tokens)}  {share:.1%}")
     return Panel(table, title="tokens by account")
 
 
 def _ledger_line(snapshot: Snapshot) -> RenderableType:
     """The same where there is no room for a panel."""
-    shares = [f"{account} {share:.1%}" for account, _, share in _accounts(snapshot)]
+    shares = [f"{account} {share:.1%}" for account, _, share in snapshot.accounts()]
     accepted = human(snapshot.ledger.get("accepted", 0))
     return plain(": ".join([f"tokens {accepted}", *([", ".join(shares)] if shares else [])]))
-
-
-def _accounts(snapshot: Snapshot) -> Iterator[tuple[str, int, float]]:
-    accepted = max(1, snapshot.ledger.get("accepted", 0))
-    for account, tokens in snapshot.ledger.items():
-        if account != "accepted" and tokens:
-            yield account, tokens, tokens / accepted
 
 
 def _roles(snapshot: Snapshot, rows: int, width: int) -> RenderableType:
@@ -256,11 +248,7 @@ def _add(table: Table, name: str, value: str) -> None:
 
 
 def _values(steps: Sequence[dict[str, Any]], key: str) -> list[float]:
-    return [float(step[key]) for step in steps if _is_number(step.get(key))]
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return [float(step[key]) for step in steps if is_number(step.get(key))]
 
 
 def _sparkline(values: Sequence[float]) -> str:

@@ -46,11 +46,10 @@ def redis_credentials(environment: Mapping[str, str] = os.environ) -> tuple[str 
 def role_environment(role: str, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """What a role's process is given on top: its own user, and blanks over all other passwords."""
     passwords = role_passwords(environment)
-    if role not in passwords:
-        return {password_variable(other): "" for other in passwords}
-    hidden = {password_variable(other): "" for other in passwords}
-    own = {USERNAME_VARIABLE: USER_PREFIX + role, PASSWORD_VARIABLE: passwords[role]}
-    return hidden | own
+    given = {password_variable(other): "" for other in passwords}
+    if role in passwords:
+        given |= {USERNAME_VARIABLE: USER_PREFIX + role, PASSWORD_VARIABLE: passwords[role]}
+    return given
 
 
 def keep_out_of_sight(url: str, environment: MutableMapping[str, str] = os.environ) -> str:

@@ -13,6 +13,7 @@ from ringasync.config.load import config_from_json, with_overrides
 from ringasync.config.schema import RUN_NAME_PATTERN, Config
 from ringasync.errors import ConfigError
 from ringasync.runtime.roles import REPLAY_MODULE, override_arguments
+from ringasync.runtime.runfiles import SETTINGS_FILE
 
 CHANGEABLE = (
     *("loss.mismatch", "loss.mask_low", "loss.mask_high", "loss.tis_cap", "loss.kpop_phi"),
@@ -61,7 +62,7 @@ def replay_settings(run_dir: Path, overrides: Sequence[str]) -> ReplaySettings:
     Raises:
         ConfigError: they are not there, an override is wrong, or it is of no use in a replay.
     """
-    path = run_dir / "config.json"
+    path = run_dir / SETTINGS_FILE
     try:
         recorded = config_from_json(path.read_text(encoding="utf-8"))
     except OSError as error:

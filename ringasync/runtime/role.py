@@ -121,8 +121,13 @@ def run_role(main: Callable[[Shutdown], Awaitable[int]]) -> int:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(body())
     except RingError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+        return report_error(error)
+
+
+def report_error(error: RingError, note: str = "") -> int:
+    """Say on stderr, in one line, what ends this process; returns the exit code for it."""
+    print(f"{type(error).__name__}: {error}{note}", file=sys.stderr, flush=True)
+    return error.exit_code
 
 
 def parse_role(prog: str, description: str, argv: Sequence[str] | None = None) -> RoleArgs:
@@ -131,5 +136,4 @@ def parse_role(prog: str, description: str, argv: Sequence[str] | None = None) -
     try:
         return resolve_args(namespace)
     except RingError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(error.exit_code) from None
+        raise SystemExit(report_error(error)) from None

@@ -23,14 +23,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
+from ringasync.config.load import config_hash, resolved_json
+from ringasync.config.schema import Config
 from ringasync.errors import ConfigError, EnvironmentRefusedError, LockHeldError
 
 RECORD_FILE = "run.json"
 LOCK_FILE = "up.lock"
+SETTINGS_FILE = "config.json"
 
 OWN_NAMES = frozenset(
     {
-        *(RECORD_FILE, LOCK_FILE, "config.json", "redis", "logs", "feeding.json"),
+        *(RECORD_FILE, LOCK_FILE, SETTINGS_FILE, "redis", "logs", "feeding.json"),
         *("metrics.jsonl", "tensorboard", "summary.json", "report.html"),
         *("weights", "publish", "exports", "checkpoints", "journal", "replay"),
     }
@@ -48,12 +51,24 @@ class RunRecord:
     redis_url: str
     model: str
 
+    @classmethod
+    def of(cls, config: Config, config_path: Path, redis_url: str, model: str) -> RunRecord:
+        """The record of a run that starts with this configuration."""
+        file, digest = str(config_path.resolve()), config_hash(config)
+        return cls(config.run.name, file, digest, redis_url, model)
+
     def write(self, run_dir: Path) -> None:
         """Store as ``run.json``, whole or not at all."""
         safe = asdict(self) | {"redis_url": without_password(self.redis_url)}
         temporary = run_dir / f"{RECORD_FILE}.{os.getpid()}"
         temporary.write_text(json.dumps(safe, indent=2) + "\n", encoding="utf-8")
         temporary.replace(run_dir / RECORD_FILE)
+
+
+def write_settings(config: Config) -> None:
+    """Keep every setting of the run in its folder, as ``config.json``."""
+    text = resolved_json(config) + "\n"
+    config.run_dir.joinpath(SETTINGS_FILE).write_text(text, encoding="utf-8")
 
 
 def begin_record(run_dir: Path, record: RunRecord) -> None:

@@ -13,12 +13,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ringasync.config.load import config_hash, resolved_json
+from ringasync.config.load import config_hash
 from ringasync.config.schema import Config
 from ringasync.errors import RingError
 from ringasync.runtime.process import describe_exit, thread_environment
 from ringasync.runtime.roles import STARTER_MODULE, override_arguments
-from ringasync.runtime.runfiles import RunRecord, begin_record, claim, read_record
+from ringasync.runtime.runfiles import RunRecord, begin_record, claim, read_record, write_settings
 from ringasync.runtime.shutdown import Shutdown
 
 
@@ -93,15 +93,14 @@ async def prepare_run(
         RingError: the folder is held or not writable, or the starting model was not built.
     """
     with claim(config.run_dir):
-        record = RunRecord(config.run.name, str(config_path), config_hash(config), url, "")
+        record = RunRecord.of(config, config_path, url, "")
         begin_record(config.run_dir, record)
         model: str | None = config.model.path
         if model == "starter":
             model = await starter_of_run(config, config_path, overrides, shutdown)
         if model is not None:
             replace(record, model=model).write(config.run_dir)
-            resolved = resolved_json(config) + "\n"
-            config.run_dir.joinpath("config.json").write_text(resolved, encoding="utf-8")
+            write_settings(config)
         return model
 
 

@@ -23,7 +23,7 @@ from ringasync.runtime.progress import progress_lines
 from ringasync.runtime.redis_keeper import RedisKeeper
 from ringasync.runtime.role import EMBEDDED_URL_FILE, REDIS_URL_VARIABLE, resolve_redis_url
 from ringasync.runtime.roles import Place, role_specs
-from ringasync.runtime.runfiles import RunRecord, begin_record, claim, remove_files
+from ringasync.runtime.runfiles import RunRecord, begin_record, claim, remove_files, write_settings
 from ringasync.runtime.shutdown import EXIT_INTERRUPTED, Shutdown
 from ringasync.runtime.starter import starter_of_run
 from ringasync.runtime.summary import read_summary, summary_lines
@@ -103,9 +103,7 @@ class Up:
             return EXIT_INTERRUPTED
         place = Place(options.config_path, options.overrides, url, model)
         self._record(url, model).write(config.run_dir)
-        config.run_dir.joinpath("config.json").write_text(
-            resolved_json(config) + "\n", encoding="utf-8"
-        )
+        write_settings(config)
         specs = self._make_specs(config, place)
         self._supervisor = Supervisor(specs, config.run_dir / "logs", say=say, policy=self._policy)
         say(
@@ -168,13 +166,7 @@ class Up:
             return False
 
     def _record(self, url: str, model: str) -> RunRecord:
-        return RunRecord(
-            run=self._config.run.name,
-            config_file=str(self._options.config_path.resolve()),
-            config_hash=config_hash(self._config),
-            redis_url=url,
-            model=model,
-        )
+        return RunRecord.of(self._config, self._options.config_path, url, model)
 
     def _say_finished(self) -> None:
         name, path = self._config.run.name, self._options.config_path

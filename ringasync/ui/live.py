@@ -10,7 +10,7 @@ from typing import Any
 
 from ringasync.broker.client import Broker
 from ringasync.config.schema import Config
-from ringasync.observability.plain import duration, human
+from ringasync.observability.plain import duration, human, is_number
 from ringasync.observability.snapshot import Snapshot, SnapshotReader, fresh_or_last
 
 FRESH_S = 0.5
@@ -88,7 +88,7 @@ def charts(snapshot: Snapshot) -> Iterator[Chart]:
     steps = snapshot.steps[-CHART_STEPS:]
     for title, key, form in _CHARTS:
         found = [
-            (int(step["step"]), float(step[key])) for step in steps if _is_number(step.get(key))
+            (int(step["step"]), float(step[key])) for step in steps if is_number(step.get(key))
         ]
         if len(found) < 2:
             continue
@@ -105,8 +105,7 @@ def charts(snapshot: Snapshot) -> Iterator[Chart]:
 
 def headline(snapshot: Snapshot) -> Iterator[Row]:
     """Name and value, most looked for first."""
-    state = snapshot.phase + (" (paused)" if snapshot.meta.get("paused") == "1" else "")
-    yield "phase", state
+    yield "phase", snapshot.state
     yield "step", f"{snapshot.learner_step} of {snapshot.steps_total}"
     if snapshot.eta_s is not None:
         yield "to go", duration(snapshot.eta_s)
@@ -127,10 +126,8 @@ def queues(snapshot: Snapshot) -> Iterator[Row]:
 
 def accounts(snapshot: Snapshot) -> Iterator[AccountRow]:
     """Every account that holds tokens, with its share of the accepted ones."""
-    accepted = snapshot.ledger.get("accepted", 0)
-    for name, tokens in snapshot.ledger.items():
-        if name != "accepted" and tokens:
-            yield AccountRow(name, f"{tokens:,}", round(100 * tokens / max(1, accepted), 2))
+    for name, tokens, share in snapshot.accounts():
+        yield AccountRow(name, f"{tokens:,}", round(100 * share, 2))
 
 
 def balance(snapshot: Snapshot) -> str:
@@ -168,7 +165,3 @@ def _polyline(values: Sequence[float]) -> str:
         f"{i * step:.1f},{HEIGHT - 4 - height * (HEIGHT - 8):.1f}"
         for i, height in enumerate(heights)
     )
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from learner.algorithms.metrics import TokenStats
 from learner.backends.base import ScoredSequence, StepResult
 from learner.batch import TrainBatch
 from ringasync.errors import VerifierError
+from ringasync.rewards.pool import PoolStats
 from workers.engines.scripted import VOCAB_SIZE, scripted_logprobs, write_scripted_weights
 
 Tensors = dict[str, npt.NDArray[np.generic]]
@@ -100,22 +100,13 @@ class CountingBackend:
         write_scripted_weights(directory, float(len(self.trained)))
 
 
-@dataclass
-class _Stats:
-    verdicts: int = 0
-    errors: int = 0
-    kills: int = 0
-    verify_s: float = 0.0
-    verify_max_s: float = 0.0
-
-
 class HashVerifier:
     """In the place of ``VerifierPool``: the reward is a hash; one answer in 48 has no verdict."""
 
     not_isolated = ""
 
     def __init__(self, *_args: Any, **_options: Any) -> None:
-        self.stats = _Stats()
+        self.stats = PoolStats()
 
     def refusal(self, _verifier: str) -> str | None:
         """Nothing is refused."""
