@@ -14,6 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 TORCH := torch==2.13.0
+DEEPSPEED := deepspeed==0.19.8
 SOURCES := ringasync workers learner
 # vLLM wants other versions than the rest, so it has an environment of its own.
 VLLM_VENV := .venv-vllm
@@ -21,6 +22,8 @@ VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check --no-inpu
 TORCH_FLAGS ?=
 ARGS ?=
 SCHEDULES ?= 200
+FAULTS ?= 200
+PROMPTS ?= 200
 SEED ?= 0
 
 # A name on PATH is not enough: version managers leave names there that only print an error.
@@ -29,7 +32,7 @@ find_python = for p in $(PYTHON) python3.13 python3.12 python3.11 python3; do \
 	then echo $$p; exit 0; fi; done; \
 	echo "ringasync needs Python 3.11 to 3.13; none found on PATH (set PYTHON=...)" >&2; exit 1
 
-.PHONY: help demo install install-dev install-vllm test test-vllm wheel-test compose-test manifests audit lint format types bench simulate clean
+.PHONY: help demo install install-dev install-vllm test test-vllm wheel-test compose-test manifests docs audit lint format types bench simulate chaos clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -66,6 +69,9 @@ wheel-test: $(BIN)/python ## build the wheel, install it with its dependencies i
 manifests: install-dev ## render the Helm chart into deploy/manifests
 	$(BIN)/python deploy/render.py
 
+docs: $(VENV)/.installed-docs ## build the documentation site into build/docs
+	$(BIN)/python -m mkdocs build --strict $(ARGS)
+
 compose-test: install-dev ## docker-compose.yml for real, in containers; COMPOSE=podman-compose for that engine
 	$(BIN)/python tests/compose/whole_run.py $(ARGS)
 
@@ -81,13 +87,17 @@ format: install-dev ## let ruff rewrite what it can
 	$(BIN)/ruff format .
 
 types: install-dev ## mypy, strict
-	$(BIN)/mypy $(SOURCES) tests benchmarks
+	$(BIN)/mypy $(SOURCES) tests benchmarks docsite
 
 bench: install-dev ## measure; results belong into docs/results/
 	$(BIN)/python -m benchmarks $(ARGS)
 
 simulate: install-dev ## simulate SCHEDULES= schedules of faults drawn from SEED=, see docs/simulation.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.simulation --schedules $(SCHEDULES) --seed $(SEED) $(ARGS)
+
+chaos: install-dev ## runs on this machine until FAULTS= faults were felt, from SEED= on, see docs/chaos.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos --faults $(FAULTS) --seed $(SEED) \
+		--prompts $(PROMPTS) $(ARGS)
 
 clean: ## remove .venv and caches, not runs/
 	rm -rf $(VENV) $(VLLM_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist ./*.egg-info
@@ -106,8 +116,17 @@ $(VENV)/.installed-cpu: pyproject.toml constraints.txt $(VENV)/.installed-torch
 	$(PIP) install -c constraints.txt -e ".[cpu]"
 	@touch $@
 
-$(VENV)/.installed-dev: pyproject.toml constraints.txt $(VENV)/.installed-cpu
-	$(PIP) install -c constraints.txt -e ".[cpu,dev]"
+# Its setup looks at the torch that is installed, and needs a compiler for operators that we do not use.
+$(VENV)/.installed-deepspeed: constraints.txt $(VENV)/.installed-cpu
+	DS_BUILD_OPS=0 $(PIP) install --no-build-isolation -c constraints.txt "$(DEEPSPEED)"
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt $(VENV)/.installed-cpu $(VENV)/.installed-deepspeed
+	$(PIP) install -c constraints.txt -e ".[cpu,deepspeed,dev]"
+	@touch $@
+
+$(VENV)/.installed-docs: pyproject.toml constraints.txt $(VENV)/.installed-cpu
+	$(PIP) install -c constraints.txt -e ".[cpu,docs]"
 	@touch $@
 
 $(VLLM_VENV)/bin/python:

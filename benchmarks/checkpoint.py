@@ -103,18 +103,23 @@ def measure(
     }
 
 
-def main() -> int:
-    """Measure both ways, or one where ``--only`` names it."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """What ``make_backend`` reads, a step's size, where files go, and which way alone."""
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocab", type=int, default=8192)
     parser.add_argument("--tokens", type=int, default=2048, help="trained tokens a step")
+    parser.add_argument("--dir", type=Path, help="where files are written, and removed")
+    parser.add_argument("--only", choices=("async", "sync"))
+
+
+def main() -> int:
+    """Measure both ways, or one where ``--only`` names it."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    add_model_arguments(parser)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--every", type=int, default=3, help="steps between checkpoints")
-    parser.add_argument("--dir", type=Path, help="where checkpoints are written, and removed")
-    parser.add_argument("--only", choices=("async", "sync"))
     arguments = parser.parse_args()
     if arguments.only is not None:
         with tempfile.TemporaryDirectory(dir=arguments.dir) as folder:

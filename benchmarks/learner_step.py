@@ -4,42 +4,61 @@
 [--sizes 8192,32768,65536] [--arms packed,padded,naive] [--out FILE]`` runs each cell in a process
 of its own, so that none has memory of another's and an arm that fails costs its own row only.
 
-Arms: ``packed`` (compiled layers), ``packed-eager``, ``packed-cudnn`` (one sequence after the
-other by cuDNN's attention), ``padded`` (the learner with packing off, not compiled), ``naive``
-(transformers and DeepSpeed ZeRO-1 in bf16, padded rows with a mask, all logits) and ``trl``.
+Arms: ``packed`` (compiled layers), ``packed-eager``, ``packed-deepspeed`` (ZeRO-1, not compiled),
+``packed-cudnn`` (one sequence after the other by cuDNN's attention), ``packed-flash4``
+(FlashAttention 4), ``padded`` (the learner with packing off, not compiled), ``naive`` (transformers
+and DeepSpeed ZeRO-1 in bf16, padded rows with a mask, all logits) and ``trl`` (the step of its
+``GRPOTrainer`` on the same padded rows). ``--ranks 2`` starts each cell on two GPUs (or gloo on a
+CPU) and gives each as many tokens; ``naive`` and ``trl`` have one.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import faulthandler
 import importlib.util
 import json
+import signal
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
+import torch.distributed as dist
 
 from benchmarks.learner_naive import NaiveStep
+from benchmarks.learner_trl import TrlStep
 from benchmarks.machine import machine
 from benchmarks.random_batch import PROMPT_TOKENS, random_batch
 from benchmarks.report import Table
 from benchmarks.vllm_models import SHAPES
 from learner.backends.base import StepResult
+from learner.backends.deepspeed_backend import DeepSpeedBackend
+from learner.backends.flash4 import is_used
+from learner.backends.sharding import RankGroup
 from learner.backends.torch_backend import TorchBackend, TorchSettings
 from learner.devices import resolve_device
 from learner.speed import sequence_lengths
 from ringasync.config.model_shape import ModelShape, peak_tflops_of, shape_of, train_flops
 from ringasync.config.schema import LearnerConfig, LossConfig
 
-ARMS = ("packed", "packed-eager", "packed-cudnn", "padded", "naive", "trl")
+COMPILED = ("packed", "packed-cudnn", "packed-flash4")
+ELSEWHERE = ("naive", "trl")
+"""Not this project's step."""
+DEEPSPEED = "packed-deepspeed"
+ARMS = (*COMPILED, "packed-eager", DEEPSPEED, "padded", *ELSEWHERE)
 KEPT_BYTES = 32 * 2**30
 """Activations above this, by estimate, are computed again: what an 80 GB device has room for."""
+_STACKS_S = 3.0
+"""A cell that is late may take this long to write its stacks."""
 _COLUMNS = (
     *("cell", "tokens/s", "MFU %", "step s", "forward s", "backward s", "optimizer s"),
     *("peak GiB", "padding %", "notes"),
@@ -75,14 +94,18 @@ def learner_of(arguments: argparse.Namespace, shape: ModelShape, size: int) -> L
     packed = "sequences" if arm == "packed-cudnn" else "auto"
     return LearnerConfig.model_validate(
         {
+            "backend": "deepspeed" if arm == DEEPSPEED else "torch",
             "device": arguments.device,
             "lr": 1e-6,
             "warmup_steps": 0,
             "microbatch_tokens": arguments.microbatch_tokens,
             "logprob_chunk_tokens": arguments.chunk,
             "packing": packed if arm.startswith("packed") else "off",
-            "compile": arm in ("packed", "packed-cudnn") and not arguments.no_compile,
+            "compile": arm in COMPILED and not arguments.no_compile,
             "activation_checkpointing": checkpoints(arguments, shape, size),
+            "residual_dtype": arguments.residual,
+            "ranks": arguments.ranks,
+            "attention_kernel": "flash4" if arm == "packed-flash4" else "torch",
         }
     )
 
@@ -97,26 +120,28 @@ def checkpoints(arguments: argparse.Namespace, shape: ModelShape, size: int) -> 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """One arm, model and size; the median of the timed steps."""
+    faulthandler.register(signal.SIGUSR1)
     arm, name, size = arguments.arms, arguments.models, int(arguments.sizes)
-    device = resolve_device(arguments.device)
-    cuda = device.type == "cuda"
     shape = shape_of(SHAPES[name])
     assert shape is not None
+    learner = learner_of(arguments, shape, size)
+    group = RankGroup.join(learner) if arguments.ranks > 1 else None
+    device = resolve_device(arguments.device) if group is None else group.device
+    cuda = device.type == "cuda"
+    tokens = arguments.tokens * arguments.ranks
     batch = random_batch(
-        [
-            length - PROMPT_TOKENS
-            for length in lengths_of(size, arguments.tokens, arguments.shortest)
-        ],
+        [length - PROMPT_TOKENS for length in lengths_of(size, tokens, arguments.shortest)],
         shape.vocab,
     )
     model = model_of(name, size, device)
     dtype = torch.bfloat16 if cuda else torch.float32
-    learner = learner_of(arguments, shape, size)
     step: Any
-    if arm == "naive":
-        step = NaiveStep(model, learner, dtype)
+    if arm in ELSEWHERE:
+        step = (NaiveStep if arm == "naive" else TrlStep)(model, learner, dtype)
     else:
-        step = TorchBackend(model, TorchSettings(learner, LossConfig(mismatch="none"), dtype=dtype))
+        settings = TorchSettings(learner, LossConfig(mismatch="none"), dtype=dtype)
+        kind = DeepSpeedBackend if arm == DEEPSPEED else TorchBackend
+        step = kind(model, settings, group=group)
     times, results = [], []
     with _attention_of(arm, cuda):
         for number in range(arguments.warmup + arguments.steps):
@@ -125,6 +150,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             began = time.perf_counter()
             results.append(step.train_batch(batch))  # its end waits for the device
             times.append(time.perf_counter() - began)
+        if arguments.profile:
+            profile(step, batch, cuda, Path(f"{arguments.profile}-{name}-{size}-{arm}.txt"))
     step_s = statistics.median(times[arguments.warmup :])
     lengths = sequence_lengths(batch)
     tflop = train_flops(shape, lengths, batch.trained_tokens) / 1e12
@@ -140,15 +167,31 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "all_step_s": times,
         "tokens_per_s": sum(lengths) / step_s,
         "tflop": tflop,
-        "mfu": tflop / step_s / peak if peak else None,
+        "mfu": tflop / step_s / peak / arguments.ranks if peak else None,
+        "ranks": arguments.ranks,
         "peak_bytes": torch.cuda.max_memory_allocated() if cuda else _resident_bytes(),
         "seconds": dict(last.seconds),
         "loss": last.loss,
+        "grad_norm": last.grad_norm,
         "padding": padding(lengths, arguments.microbatch_tokens, arm),
         "activation_checkpointing": learner.activation_checkpointing,
-        "compile": learner.compile and arm != "naive",
+        "compile": learner.compile and arm not in ELSEWHERE,
         "packing": getattr(step, "_packing", None),
+        "flash4": is_used(),
+        "residual_dtype": {"naive": "model", "trl": "float32"}.get(arm, learner.residual_dtype),
     }
+
+
+def profile(step: Any, batch: Any, cuda: bool, out: Path) -> None:
+    """One more step under torch's profiler: the kernels with their share of the time, as text."""
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    if cuda:
+        kinds.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=kinds) as seen:
+        step.train_batch(batch)
+    order = "self_cuda_time_total" if cuda else "self_cpu_time_total"
+    table = seen.key_averages().table(sort_by=order, row_limit=60, max_name_column_width=90)
+    out.write_text(table, encoding="utf-8")
 
 
 def padding(lengths: Sequence[int], limit: int, arm: str) -> float:
@@ -182,25 +225,46 @@ def _resident_bytes() -> int:
 def cell(arguments: argparse.Namespace, arm: str, name: str, size: int) -> dict[str, Any]:
     """``measure`` in a process of its own; what goes wrong there is the row's ``error``."""
     row: dict[str, Any] = {"arm": arm, "model": name, "size": size}
-    needed = {"naive": "deepspeed", "trl": "trl"}.get(arm)
+    packages = {"trl": "trl", "packed-flash4": "flash_attn"}
+    needed = (packages | dict.fromkeys(("naive", DEEPSPEED), "deepspeed")).get(arm)
     if needed and importlib.util.find_spec(needed) is None:
         return row | {"error": f"skipped: {needed} is not installed here"}
-    if arm == "trl":
-        return row | {"error": "skipped: its trainer has no step on a given batch"}
+    if arm in ELSEWHERE and arguments.ranks > 1:
+        return row | {"error": "skipped: it has one rank"}
     command = [sys.executable, "-m", "benchmarks.learner_step", *sys.argv[1:], "--only"]
+    if arguments.ranks > 1:
+        launched = ["--standalone", f"--nproc-per-node={arguments.ranks}"]
+        command[1:2] = ["-m", "torch.distributed.run", *launched, "-m"]
     command += ["--arms", arm, "--models", name, "--sizes", str(size)]
+    started = subprocess.Popen(command, stdout=PIPE, stderr=PIPE, text=True)
     try:
-        ended = subprocess.run(
-            command, capture_output=True, text=True, timeout=arguments.cell_timeout_s, check=False
-        )
+        stdout, stderr = started.communicate(timeout=arguments.cell_timeout_s)
     except subprocess.TimeoutExpired:
-        return row | {"error": f"not done in {arguments.cell_timeout_s:.0f} s"}
-    if ended.returncode == 0:
-        found: dict[str, Any] = json.loads(ended.stdout.strip().splitlines()[-1])
+        lines = _stacks(started, arguments.ranks > 1).strip().splitlines()
+        late = f"not done in {arguments.cell_timeout_s:.0f} s"
+        return row | {"error": late, "stderr": "\n".join(lines[-120:])}
+    if started.returncode == 0:
+        found: dict[str, Any] = json.loads(stdout.strip().splitlines()[-1])
         return found
-    lines = [line for line in ended.stderr.strip().splitlines() if line.strip()]
+    lines = [line for line in stderr.strip().splitlines() if line.strip()]
     error = next((one for one in reversed(lines) if "Error" in one), lines[-1] if lines else "")
     return row | {"error": error[:300], "stderr": "\n".join(lines[-40:])}
+
+
+def _stacks(cell: subprocess.Popen[str], is_launcher: bool) -> str:
+    """Have a cell's processes say where they are, kill them, and return all that they wrote."""
+    processes = psutil.Process(cell.pid).children(recursive=True)
+    if not is_launcher:
+        processes.append(psutil.Process(cell.pid))
+    with contextlib.suppress(psutil.Error):
+        for one in processes:
+            one.send_signal(signal.SIGUSR1)
+        psutil.wait_procs(processes, timeout=_STACKS_S)
+    for one in processes:
+        with contextlib.suppress(psutil.Error):
+            one.kill()
+    cell.kill()
+    return cell.communicate()[1]
 
 
 def table_of(rows: list[dict[str, Any]]) -> Table:
@@ -235,10 +299,13 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--arms", default=",".join(ARMS))
     found.add_argument("--tokens", type=int, default=131072, help="a step, at most")
     found.add_argument("--shortest", type=float, default=0.25, help="share of the size")
+    found.add_argument("--ranks", type=int, default=1, help="processes that train together")
     found.add_argument("--microbatch-tokens", type=int, default=32768)
     found.add_argument("--chunk", type=int, default=8192)
     found.add_argument("--checkpointing", choices=("auto", "on", "off"), default="auto")
+    found.add_argument("--residual", choices=("float32", "model"), default="float32")
     found.add_argument("--no-compile", action="store_true")
+    found.add_argument("--profile", help="one more step under a profiler; the begin of file names")
     found.add_argument("--warmup", type=int, default=2)
     found.add_argument("--steps", type=int, default=3)
     found.add_argument("--cell-timeout-s", type=float, default=180)
@@ -252,7 +319,11 @@ def main() -> int:
     """All cells, by size, then model, then arm; ``--out`` is written anew after each."""
     arguments = parser().parse_args()
     if arguments.only:
-        print(json.dumps(measure(arguments)), flush=True)
+        row = measure(arguments)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            print(json.dumps(row), flush=True)
+        if dist.is_initialized():
+            dist.destroy_process_group()
         return 0
     began, rows = time.monotonic(), []
     where = machine()

@@ -29,7 +29,10 @@ from workers.intake import ModelLimits
 _PROMPT_TOKENS = 24
 _LENGTHS = (16, 32, 32, 64, 64, 96, 128, 224)
 """Response lengths of the groups in turn: a tail, so that slots are refilled one by one."""
-_WINDOW_TOKENS = 256
+WINDOW_TOKENS = 256
+
+
+EngineKind = Literal["transformers", "scripted"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Settings:
     """How much is measured. Defaults take about a minute."""
 
     rounds: int = 5
-    engine: Literal["transformers", "scripted"] = "transformers"
+    engine: EngineKind = "transformers"
     rollouts: int = 192
     concurrent: int = 64
     group_size: int = 8
@@ -52,15 +55,15 @@ async def measure(settings: Settings) -> Result:
     speeds: dict[str, list[Speed]] = {"engine": [], "worker": []}
     with tempfile.TemporaryDirectory(prefix="ringasync-bench-") as folder:
         root = Path(folder)
-        weights = _write_model(root / "model", settings)
+        weights = write_model(root / "model", settings)
         server = EmbeddedRedis(root / "redis")
-        engine = _make_engine(settings)
+        engine = make_engine(settings)
         try:
             url = await server.start()
             await engine.start(weights, 1)
             meter = Meter(engine)
             worker = WorkerRounds(
-                make_config(settings, root), url, weights, ModelLimits(_WINDOW_TOKENS, ())
+                make_config(settings, root), url, weights, ModelLimits(WINDOW_TOKENS, ())
             )
             for number in range(settings.rounds + 1):
                 for arm in ("engine", "worker") if number % 2 else ("worker", "engine"):
@@ -99,7 +102,7 @@ def make_config(settings: Settings, root: Path) -> Config:
     return Config.model_validate(
         {
             "run": {"dir": root / "runs"},
-            "model": {"max_model_len_tokens": _WINDOW_TOKENS},
+            "model": {"max_model_len_tokens": WINDOW_TOKENS},
             "sampling": {"max_new_tokens": max(_LENGTHS)},
             "data": {"tasks": [{"name": "bench", "kind": "jsonl"}]},
             "worker": {
@@ -112,7 +115,8 @@ def make_config(settings: Settings, root: Path) -> Config:
     )
 
 
-def _make_engine(settings: Settings) -> Engine:
+def make_engine(settings: Settings) -> Engine:
+    """The engine of the settings, not started."""
     sampling = SamplingParams(temperature=1.0, eos_token_ids=())
     if settings.engine == "scripted":
         return ScriptedEngine(sampling, max_concurrent=settings.concurrent)
@@ -121,13 +125,14 @@ def _make_engine(settings: Settings) -> Engine:
     return TransformersEngine(
         sampling,
         max_concurrent=settings.concurrent,
-        max_model_len_tokens=_WINDOW_TOKENS,
+        max_model_len_tokens=WINDOW_TOKENS,
         seed=0,
         threads=settings.threads,
     )
 
 
-def _write_model(folder: Path, settings: Settings) -> Path:
+def write_model(folder: Path, settings: Settings) -> Path:
+    """Random weights for that engine; returns their folder."""
     if settings.engine == "scripted":
         return write_scripted_weights(folder, 1.0)
     import torch
@@ -142,7 +147,7 @@ def _write_model(folder: Path, settings: Settings) -> Path:
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,
-        max_position_embeddings=_WINDOW_TOKENS,
+        max_position_embeddings=WINDOW_TOKENS,
         tie_word_embeddings=True,
     )
     Qwen3ForCausalLM(config).save_pretrained(folder)
@@ -182,6 +187,15 @@ def _row(name: str, found: Spread) -> list[Cell]:
     return [name, found.median, found.low, found.high]
 
 
+def engine_of(name: str) -> EngineKind:
+    """The engine that the option ``--engine`` names."""
+    if name == "transformers":
+        return "transformers"
+    if name == "scripted":
+        return "scripted"
+    raise typer.BadParameter("must be transformers or scripted", param_hint="--engine")
+
+
 def main(
     rounds: Annotated[int, typer.Option(help="Rounds of both arms.", min=1)] = Settings.rounds,
     engine: Annotated[str, typer.Option(help="transformers or scripted.")] = Settings.engine,
@@ -192,13 +206,11 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Write OUT.json and OUT.md.")] = None,
 ) -> None:
     """Tokens/s of the rollout worker over those of its bare engine."""
-    if engine not in ("transformers", "scripted"):
-        raise typer.BadParameter("must be transformers or scripted", param_hint="--engine")
-    where = machine()
+    kind, where = engine_of(engine), machine()
     configure_logging("bench", "bench", None, "warning")
     settings = Settings(
         rounds=rounds,
-        engine="scripted" if engine == "scripted" else "transformers",
+        engine=kind,
         rollouts=rollouts,
         concurrent=concurrent,
         flush_tokens=flush_tokens,

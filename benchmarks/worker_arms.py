@@ -18,6 +18,7 @@ import numpy.typing as npt
 from ringasync.broker.client import Broker
 from ringasync.broker.types import NewGroup, VersionInfo
 from ringasync.config.schema import Config
+from ringasync.observability.exporter import exporting
 from ringasync.records.weights import WeightManifest
 from ringasync.runtime.shutdown import Shutdown
 from ringasync.weights.build import make_transport
@@ -166,10 +167,11 @@ class WorkerRounds:
         self._weights_dir, self._limits = weights_dir, limits
         self._rounds = itertools.count(1)
 
-    async def round(self, meter: Meter, groups: Sequence[NewGroup]) -> Speed:
-        """All rollouts of ``groups`` by the worker."""
+    async def round(self, meter: Meter, groups: Sequence[NewGroup], metrics_port: int = 0) -> Speed:
+        """All rollouts of ``groups`` by the worker, which serves metrics if a port is given."""
         run = self._config.run.model_copy(update={"name": f"bench-{next(self._rounds)}"})
-        config = self._config.model_copy(update={"run": run})
+        metrics = self._config.metrics.model_copy(update={"port": metrics_port})
+        config = self._config.model_copy(update={"run": run, "metrics": metrics})
         broker = await Broker.connect(self._url, run.name)
         try:
             await broker.create_run("", "bench", config.schedule.mode)
@@ -206,7 +208,12 @@ class WorkerRounds:
         )
         meter.reset()
         try:
-            async with asyncio.timeout(_ROUND_TIMEOUT_S), asyncio.TaskGroup() as tasks:
+            async with (
+                exporting(config, "worker", "bench") as exporter,
+                asyncio.timeout(_ROUND_TIMEOUT_S),
+                asyncio.TaskGroup() as tasks,
+            ):
+                worker.session.listen(exporter.set)
                 running = tasks.create_task(worker.run())
                 while worker.flusher.finished < rollouts and not running.done():
                     await asyncio.wait([running], timeout=_SETTLE_POLL_S)

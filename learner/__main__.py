@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
 
-from learner.rank_process import die_with_launcher, rank_of_this_process
+from learner.rank_process import (
+    die_with_launcher,
+    other_node,
+    rank_of_this_process,
+    tell_launcher,
+)
+from ringasync.config.schema import LearnerConfig
 from ringasync.errors import RingError
 from ringasync.observability.log import configure_logging
 from ringasync.runtime.role import RoleArgs, report_error, resolve_args, role_parser, run_role
@@ -27,8 +35,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RingError as error:
         return report_error(error)
     config = args.config
-    rank = rank_of_this_process() if config.learner.ranks > 1 else 0
+    is_one_process = config.learner.ranks == 1 and os.environ.get("PET_NNODES", "1") == "1"
+    rank = 0 if is_one_process else rank_of_this_process()
     role = f"learner-rank-{rank}" if rank else "learner"
+    if rank is None and (node := other_node(os.environ)):
+        role = f"learner-node-{node}"
     configure_logging(role, config.run.name, config.run_dir, config.observability.log_level)
     # torch loads late: refusals come at once
     if rank is None:
@@ -45,9 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     from learner.app import LearnerOptions, run_learner
 
     async def life(shutdown: Shutdown) -> int:
-        return await run_learner(LearnerOptions(args, not namespace.no_wait), shutdown)
+        try:
+            return await run_learner(LearnerOptions(args, not namespace.no_wait), shutdown)
+        except RingError as error:
+            tell_launcher(error)
+            raise
 
-    return run_role(life)
+    return _left(config.learner, run_role(life))
 
 
 def run_follower(args: RoleArgs) -> int:
@@ -59,8 +74,23 @@ def run_follower(args: RoleArgs) -> int:
     try:
         follow(args.config, args.model)
     except RingError as error:
+        tell_launcher(error)
         return report_error(error)
-    return 0
+    return _left(args.config.learner, 0)
+
+
+def _left(learner: LearnerConfig, code: int) -> int:
+    """``code``; a process that was in a process group ends here.
+
+    Python's own end takes the group down: a thread of gloo that still lets go of its last tensor
+    then aborts the process, and DeepSpeed takes longer than the launcher waits for the last rank.
+    """
+    if learner.backend == "deepspeed" or learner.ranks > 1:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 if __name__ == "__main__":

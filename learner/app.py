@@ -12,6 +12,7 @@ import structlog
 import torch
 
 from learner.backends.base import Backend
+from learner.backends.deepspeed_backend import DeepSpeedBackend
 from learner.backends.ranked import RankedBackend, serve
 from learner.backends.sharding import RankGroup
 from learner.backends.torch_backend import TorchBackend, TorchSettings
@@ -63,7 +64,8 @@ def follow(config: Config, model: str) -> None:
 
 
 def _load(config: Config, model: str, group: RankGroup | None) -> TorchBackend:
-    return TorchBackend.from_pretrained(
+    kind = DeepSpeedBackend if config.learner.backend == "deepspeed" else TorchBackend
+    return kind.from_pretrained(
         model,
         TorchSettings(
             learner=config.learner,

@@ -182,8 +182,10 @@ def decode_group(group: RawGroup) -> list[Trajectory]:
     """Trajectories of a reserved group.
 
     Raises ``SchemaError`` when a payload is broken, a reward is not a finite number, the prompt is
-    empty or the group has no rollouts.
+    empty or unreadable, or the group has no rollouts.
     """
+    if group.unreadable:
+        raise SchemaError(f"group {group.group_id}: {group.unreadable}")
     if not group.prompt_ids:
         raise SchemaError(f"group {group.group_id} has an empty prompt")
     if not group.rollouts:

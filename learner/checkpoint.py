@@ -27,13 +27,15 @@ import xxhash
 
 from learner.record import CarriedRollout, pack_carry, unpack_carry
 from ringasync import SCHEMA_VERSION
-from ringasync.durable import sync_path
+from ringasync.durable import room_at, sync_path
 from ringasync.errors import CheckpointError, JournalError
 from ringasync.runtime import crashpoints
 
 _NAME = re.compile(r"^step(\d{8,})-f(\d{6,})-l(\d{6,})$")
 _META, _CARRY, _TENSORS = "meta.json", "carry.msgpack", "tensors"
 _READ_BYTES = 1 << 24
+_META_BYTES = 1 << 12
+"""Meta data with its checksums, about."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +101,7 @@ class PendingCheckpoint:
             directory.mkdir(parents=True, exist_ok=True)
             staging = Path(tempfile.mkdtemp(prefix=f".tmp-{meta.name}-", dir=directory))
         except OSError as error:
-            raise _cannot_write(directory / meta.name, error) from error
+            raise _cannot_write(directory / meta.name, error, 0) from error
         try:
             return cls(meta, carry, staging, begin_save(tensors_in(staging)))
         except BaseException:
@@ -113,9 +115,9 @@ class PendingCheckpoint:
 
     def seal(self) -> None:
         """Wait for the tensors, write the rest and all checksums. Raises ``CheckpointError``."""
+        self.tensors.result()
+        carried = pack_carry(self.carry)
         try:
-            self.tensors.result()
-            carried = pack_carry(self.carry)
             fields = {
                 "schema": SCHEMA_VERSION,
                 **asdict(self.meta),
@@ -126,7 +128,7 @@ class PendingCheckpoint:
             _write_file(self.staging / _META, json.dumps(fields, indent=1).encode())
             sync_path(self.staging)
         except OSError as error:
-            raise _cannot_write(self.target, error) from error
+            raise _cannot_write(self.target, error, len(carried) + _META_BYTES) from error
 
     def publish(self, *, keep: int) -> Path:
         """Give a sealed checkpoint its name, then drop all but the newest ``keep``.
@@ -140,7 +142,7 @@ class PendingCheckpoint:
             self.staging.rename(self.target)
             sync_path(self.target.parent)
         except OSError as error:
-            raise _cannot_write(self.target, error) from error
+            raise _cannot_write(self.target, error, 0) from error
         _prune(self.target.parent, self.meta, keep)
         return self.target
 
@@ -229,15 +231,20 @@ def read_meta(path: Path) -> CheckpointMeta:
     try:
         # Checkpoints of 0.1 do not say the published step.
         fields = {"published_step": -1, **fields}
-        return CheckpointMeta(**{name: fields[name] for name in CheckpointMeta.__slots__})
+        meta = CheckpointMeta(**{name: fields[name] for name in CheckpointMeta.__slots__})
     except KeyError as error:
         raise CheckpointError(f"{path / _META} misses {error}") from error
+    for name in CheckpointMeta.__slots__:
+        value, is_text = getattr(meta, name), name in ("run", "data_position")
+        if type(value) is not (str if is_text else int) or (not is_text and int(value) < -1):
+            raise CheckpointError(f"{path / _META}: {name} is {value!r}")
+    return meta
 
 
 def _read_fields(path: Path) -> dict[str, Any]:
     try:
         fields = json.loads((path / _META).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path / _META} is unreadable: {error}") from error
     if not isinstance(fields, dict) or fields.get("schema") != SCHEMA_VERSION:
         raise CheckpointError(f"{path / _META} has another schema than {SCHEMA_VERSION}")
@@ -269,9 +276,10 @@ def _digests(directory: Path) -> dict[str, str]:
     return digests
 
 
-def _cannot_write(target: Path, error: OSError) -> CheckpointError:
+def _cannot_write(target: Path, error: OSError, needed_bytes: int) -> CheckpointError:
     return CheckpointError(
-        f"cannot write checkpoint {target}: {error}. Free disk space or make the folder writable"
+        f"cannot write checkpoint {target}: {error} ({room_at(target, needed_bytes)}). "
+        "Free disk space or make the folder writable"
     )
 
 

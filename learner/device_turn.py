@@ -49,7 +49,7 @@ class DeviceTurn:
         self._colocated = config.schedule.colocated
         self._timeout_s = config.schedule.handover_timeout_s
         self._grace_ms = config.worker.session_ttl_ms
-        self._stall = StallWatch(broker, config.learner.stall_report_s)
+        self._stall = StallWatch(broker, config.learner.stall_report_s, keeper.say_stall)
         self._turn = 0
         self._since_s = 0.0
         self._log = structlog.get_logger(__name__)

@@ -46,7 +46,7 @@ def resolve_device(name: str, setting: str = "learner.device") -> torch.device:
 
 def arithmetic(settings: LearnerConfig) -> str:
     """What decides how sums are rounded: device, its instructions or name, threads,
-    ranks where there are several, torch.
+    ranks where there are several, the ZeRO stage of DeepSpeed, torch.
 
     Where it is the same, a CPU gives the same bits; a GPU adds in no fixed order.
     """
@@ -54,6 +54,8 @@ def arithmetic(settings: LearnerConfig) -> str:
     versions = f"torch {torch.__version__}"
     if settings.ranks > 1:
         versions = f"{settings.ranks} ranks, {versions}"
+    if settings.backend == "deepspeed":
+        versions = f"ZeRO {settings.zero_stage_of_deepspeed}, {versions}"
     if device.type == "cuda":
         return f"cuda {torch.cuda.get_device_name(device)}, {versions}"
     instructions = torch.backends.cpu.get_cpu_capability()

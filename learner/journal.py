@@ -26,8 +26,8 @@ from learner.journal_files import (
 )
 from learner.record import BatchRecord, pack_record, unpack_record
 from ringasync import SCHEMA_VERSION
-from ringasync.durable import sync_path
-from ringasync.errors import FencedError, JournalError
+from ringasync.durable import room_at, sync_path
+from ringasync.errors import MALFORMED, FencedError, JournalError
 
 DEFAULT_FILE_BYTES = 64 << 20
 _MAX_REMEMBERED_GROUPS = 100_000
@@ -182,8 +182,9 @@ class Journal(JournalReader):
             os.ftruncate(file.fileno(), start)
             file.seek(start)
             raise JournalError(
-                f"cannot write the journal in {self._directory}: {error}. Free disk space and "
-                "start the learner again: it goes on from here"
+                f"cannot write the journal in {self._directory}: {error} "
+                f"({room_at(self._directory, len(data))}). Free disk space and start the learner "
+                "again: nothing is lost, it goes on from here"
             ) from error
         offset = self._end
         self._end += len(data)
@@ -212,7 +213,7 @@ def scan(directory: Path, run: str) -> _Chain:
             fields = _fields(frame)
             if fields.get("kind") == "batch":
                 chain.entries.append(_entry(frame, fields))
-                _remember(chain.groups, (str(group[0]) for group in fields["groups"]))
+                _remember(chain.groups, _group_ids(frame, fields))
             elif fields.get("run") != run:
                 raise JournalError(
                     f"{file.path} belongs to run {fields.get('run')!r}, not to {run!r}"
@@ -265,7 +266,7 @@ def _frames(directory: Path, offset: int) -> Iterator[Frame]:
 def _fields(frame: Frame) -> dict[str, Any]:
     try:
         fields = msgpack.unpackb(frame.payload, strict_map_key=False)
-    except (ValueError, msgpack.UnpackException) as error:
+    except (ValueError, TypeError, msgpack.UnpackException) as error:
         raise JournalError(f"journal record at {frame.offset} is not msgpack: {error}") from error
     if not isinstance(fields, dict) or fields.get("schema") != SCHEMA_VERSION:
         found = fields.get("schema") if isinstance(fields, dict) else type(fields).__name__
@@ -277,10 +278,26 @@ def _fields(frame: Frame) -> dict[str, Any]:
 
 
 def _entry(frame: Frame, fields: dict[str, Any]) -> Entry:
-    return Entry(
-        str(fields["batch_id"]),
-        int(fields["step"]),
-        frame.offset,
-        frame.end,
-        int(fields["policy_version"]),
+    try:
+        return Entry(
+            str(fields["batch_id"]),
+            int(fields["step"]),
+            frame.offset,
+            frame.end,
+            int(fields["policy_version"]),
+        )
+    except MALFORMED as error:
+        raise _wrong_field(frame, error) from error
+
+
+def _group_ids(frame: Frame, fields: dict[str, Any]) -> list[str]:
+    try:
+        return [str(group[0]) for group in fields["groups"]]
+    except MALFORMED as error:
+        raise _wrong_field(frame, error) from error
+
+
+def _wrong_field(frame: Frame, error: Exception) -> JournalError:
+    return JournalError(
+        f"journal record at {frame.offset} misses a field or has a wrong one: {error!r}"
     )

@@ -69,6 +69,8 @@ class Keeper:
         self._poll: Poll | None = None
         self.status: dict[str, str | int | float] = {}
         """Shown by ``ringasync top``; the loop writes it."""
+        self.stall = ""
+        """What is awaited too long, in words; shown too."""
 
     @property
     def poll(self) -> Poll:
@@ -77,17 +79,25 @@ class Keeper:
             raise RuntimeError("the keeper has not heard from the broker yet")
         return self._poll
 
+    def say_stall(self, stall: str) -> None:
+        """Show this with the status from now on."""
+        self.stall = stall
+
+    @property
+    def _told(self) -> dict[str, str | int | float]:
+        return {**self.status, "stall": self.stall}
+
     async def beat(self) -> Poll:
         """Renew now and return the fresh answer. Raises ``FencedError`` when the lock is lost."""
         if self._on_status is not None:
-            self._on_status(self.status)
+            self._on_status(self._told)
         await self._broker.renew_lock(self._fence, self._ttl_ms)
         if not self._session_id:
             await self._open_session()
-        poll = await self._broker.heartbeat(self._session_id, self._ttl_ms, self.status)
+        poll = await self._broker.heartbeat(self._session_id, self._ttl_ms, self._told)
         if not poll.alive:
             await self._open_session()
-            poll = await self._broker.heartbeat(self._session_id, self._ttl_ms, self.status)
+            poll = await self._broker.heartbeat(self._session_id, self._ttl_ms, self._told)
         self._poll = poll
         return poll
 

@@ -5,6 +5,7 @@
     ready groups --reserve--> record --journal (fsync)--> commit --> train --> mark trained
                                                                         |
                             checkpoint (every N) <-- publish <----------+
+                            (written beside the next batch: see publisher, checkpointer)
 
 consumes       ready groups and the carry; in rounds, the round that the coordinator hands over
 produces       journal records, checkpoints, policy versions, step metrics
@@ -15,6 +16,7 @@ unblocked by   graders finishing groups, the end of the data, a shutdown
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -35,10 +37,11 @@ from learner.outcomes import note_closed_groups
 from learner.publisher import Publication, Publisher
 from learner.record import BatchRecord
 from learner.recovery import reconcile
+from learner.rolled_back import RolledBackError, unless_rolled_back
 from learner.speed import SpeedGauge, shape_of_model
 from learner.stall import StallWatch
 from learner.state import LearnerState
-from learner.step_metrics import StepTimes, TrainedStep, step_metrics
+from learner.step_metrics import StepTimes, TrainedStep, log_step, step_metrics
 from learner.worker_thread import TorchThread
 from ringasync.broker.client import Broker
 from ringasync.broker.types import Fence
@@ -50,8 +53,6 @@ from ringasync.runtime import crashpoints
 from ringasync.runtime.shutdown import Shutdown
 
 _POLL_S = 0.05
-_GAP_ALARM_NATS = 0.05
-"""Mean log-prob gap at age 0 above which training "essentially fails" (Ring-1T, IcePop blog)."""
 
 
 class LearnerLoop:
@@ -87,7 +88,7 @@ class LearnerLoop:
         self._checkpointer = Checkpointer(
             broker, fence, backend, thread, config, state.checkpoint_step
         )
-        self._stall = StallWatch(broker, config.learner.stall_report_s)
+        self._stall = StallWatch(broker, config.learner.stall_report_s, keeper.say_stall)
         self._arithmetic = arithmetic(config.learner)
         self._speed = SpeedGauge(shape_of_model(config), config.learner, self._arithmetic)
         self._spikes = SpikeDetector(
@@ -105,20 +106,22 @@ class LearnerLoop:
         try:
             await self._run()
         finally:
-            await self._checkpointer.close()
+            await asyncio.gather(self._publisher.close(), self._checkpointer.close())
 
     async def _run(self) -> None:
         await self._catch_up()
-        await self._publish_if_new(StepTimes())
+        await self._publish_before_all()
         await self._device.give_back()
         pipelined = self._config.schedule.mode == "pipelined"
         going = True
         while going and not self._finished():
             if self._keeper.poll.incarnation != self._incarnation:
                 await self._meet_new_incarnation()
-            going = await (self._pipelined_step() if pipelined else self._rounds_step())
+            with contextlib.suppress(RolledBackError):
+                going = await (self._pipelined_step() if pipelined else self._rounds_step())
         await self._device.give_back()
         self._status("saving")
+        await self._publisher.settle()
         await self._checkpointer.finish(self._meta(), self.state.carry)
         done = self._complete or self.state.step >= self._config.learner.steps
         self._status("done" if done else "stopped")
@@ -146,7 +149,7 @@ class LearnerLoop:
         while not self._interrupted():
             began = time.monotonic()
             ended = self._keeper.poll.phase == Phase.FINISHING and await self._nothing_comes()
-            record = await self._batcher.assemble(self._request(0, partial=ended))
+            record = await self._assemble(self._request(0, partial=ended))
             if record is not None:
                 times = StepTimes(wait_s=began - self._stall_since())
                 times.assemble_s = time.monotonic() - began
@@ -177,7 +180,7 @@ class LearnerLoop:
         # A life that died between training and finish_round must not train the round twice.
         if self.state.last_round_id < round_id:
             began = time.monotonic()
-            record = await self._batcher.assemble(self._request(round_id, partial=True))
+            record = await self._assemble(self._request(round_id, partial=True))
             times.assemble_s = time.monotonic() - began
             if record is not None:
                 await self._take_and_train(record, times)
@@ -185,7 +188,14 @@ class LearnerLoop:
                 self._log.warning("round closed with nothing to train", round=round_id)
         await self._publish_if_new(times)
         await self._device.give_back()
-        await self._broker.finish_round(self._fence, round_id)
+        try:
+            await self._broker.finish_round(self._fence, round_id)
+        except InvariantError as error:
+            poll = await self._keeper.beat()
+            if (poll.round_id, poll.round_state) == (round_id, "training"):
+                raise
+            # A Redis that lost its tail: the coordinator hands what it knows of over again.
+            self._log.warning("the trained round is not there to finish", why=str(error))
         self._stall.progress()
 
     async def _last_batches(self) -> bool:
@@ -193,7 +203,7 @@ class LearnerLoop:
         if not await self._nothing_comes():
             await self._wait("the last groups to be graded")
             return True
-        record = await self._batcher.assemble(self._request(0, partial=True))
+        record = await self._assemble(self._request(0, partial=True))
         if record is None:
             return self._data_ended()
         await self._take_and_train(record, StepTimes())
@@ -203,6 +213,10 @@ class LearnerLoop:
         self._log.info("the data have ended", step=self.state.step)
         self._complete = True
         return False
+
+    async def _assemble(self, request: BatchRequest) -> BatchRecord | None:
+        assembling = self._batcher.assemble(request)
+        return await unless_rolled_back(assembling, self._keeper, self._incarnation, self._config)
 
     def _request(self, round_id: int, *, partial: bool) -> BatchRequest:
         return BatchRequest(
@@ -250,6 +264,7 @@ class LearnerLoop:
         batch, result = await self._thread.run(train_record, self._backend, record)
         times.train_s = time.monotonic() - began
         crashpoints.reach("stepped", record.step)
+        times.publish_s += await self._publisher.settle()  # announced before more is marked
         await self._agreed(record, commit=False)
         crashpoints.reach("marked", record.step)
         self.state.advance(record, end, batch)
@@ -310,10 +325,12 @@ class LearnerLoop:
         self._log.warning("new incarnation", before=self._incarnation, now=poll.incarnation)
         self._incarnation = poll.incarnation
         await self._reconcile()
+        await self._publisher.settle()
         await self._publisher.learn_numbers()
+        poll = await self._keeper.beat()
         if poll.latest_version < self.state.policy_version:
             self.state.published_step = -1  # Redis forgot the announcement: say it again
-            await self._publish_if_new(StepTimes())
+            await self._publish_before_all()
 
     # After a step
 
@@ -323,16 +340,20 @@ class LearnerLoop:
         times.handover_s += await self._device.take()  # the probe is computed
         began = time.monotonic()
         pinned = (await self._keeper.beat()).pin_version
+        protect = () if pinned is None else (pinned,)
         publication = Publication(
-            self.state.step,
-            self.state.fork_step,
-            self.state.last_batch,
-            () if pinned is None else (pinned,),
+            self.state.step, self.state.fork_step, self.state.last_batch, protect
         )
-        self.state.policy_version = await self._publisher.publish(publication)
+        self.state.policy_version = await self._publisher.begin(publication)
         self.state.published_step = self.state.step
         bind_identity(policy_version=self.state.policy_version)
         times.publish_s += time.monotonic() - began
+
+    async def _publish_before_all(self) -> None:
+        """Announced before a batch is assembled: tokens of a version that the broker does not know
+        count as stale."""
+        await self._publish_if_new(StepTimes())
+        await self._publisher.settle()
 
     def _behind(self) -> bool:
         """Whether the journal still holds batches that are not in the weights."""
@@ -348,31 +369,13 @@ class LearnerLoop:
         metrics["arithmetic"] = self._arithmetic
         norm = self._spikes.judge(done.result.grad_norm)
         metrics["grad_norm_spike"], metrics["grad_norm_median"] = int(norm.is_spike), norm.median
+        metrics["announce_s"] = round(self._publisher.announce_s, 6)
         metrics["checkpoint_step"] = self._checkpointer.written_step
         metrics["checkpoints_failed"] = self._checkpointer.failures
         if self._on_step is not None:
             self._on_step(metrics)
         await self._broker.push_metrics("learner", metrics)
-        gap = metrics.get("gap_mean")
-        if gap is not None and gap > _GAP_ALARM_NATS:
-            self._log.warning(
-                "train and inference engine disagree at age 0", gap_mean=gap, step=metrics["step"]
-            )
-        if norm.is_spike:
-            self._log.warning(
-                "gradient norm far above those of the last steps",
-                grad_norm=metrics["grad_norm"],
-                median=norm.median,
-                step=metrics["step"],
-            )
-        self._log.info(
-            "step trained",
-            step=metrics["step"],
-            reward=metrics["train_reward"],
-            loss=metrics["loss"],
-            tokens=metrics["tokens_trained"],
-            replayed=done.replayed,
-        )
+        log_step(self._log, metrics)
 
     # Waiting
 
@@ -380,6 +383,7 @@ class LearnerLoop:
         return time.monotonic() - self._stall.waited_s
 
     async def _wait(self, awaited: str) -> None:
+        self._publisher.check()
         await self._stall.waiting(
             awaited, ready_tokens=self._batcher.ready_tokens, paused=self._keeper.poll.paused
         )

@@ -1,9 +1,21 @@
-"""Publish the present weights as the next policy version, with a canary probe."""
+"""Publish the present weights as the next policy version, with a canary probe.
+
+::
+
+    loop: step -> write the folder, score the probe -> next batch ...
+    beside it:                     keep an export, hand it to the transport -> announce it
+
+consumes       the backend's weights of the moment of writing
+produces       published versions, each announced after it is whole, one after the other
+waits for      the announcement of the version before, before the next folder is written
+unblocked by   the transport, the broker
+"""
 
 from __future__ import annotations
 
 import asyncio
 import shutil
+import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +39,7 @@ from ringasync.weights.transport import Transport
 _PROBE_TOKENS = 64
 """Tokens scored of each probe sequence: enough to tell weights apart, cheap for every worker."""
 _SAMPLED_TOKENS = 32
+_LEAVING_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +53,11 @@ class Publication:
 
 
 class Publisher:
-    """Writes a folder, hands it to the transport, announces it. Numbers strictly rise."""
+    """Writes a folder, hands it to the transport, announces it. Numbers strictly rise.
+
+    Only the writing needs the weights: in a pipelined run the rest goes on beside the next batch
+    (``learner.publish_async``). In rounds nobody works meanwhile, so it is waited for.
+    """
 
     def __init__(
         self,
@@ -65,16 +82,22 @@ class Publisher:
             config.learner.export_every_versions,
             config.learner.keep_exports,
         )
+        self._is_beside = config.learner.publish_async and config.schedule.mode == "pipelined"
+        self._announcing: asyncio.Task[None] | None = None
         self._log = structlog.get_logger(__name__)
         self.last_version = 0
         """Highest number known to be used; the next one is one above."""
+        self.announce_s = 0.0
+        """What the newest announced version took from its folder to its announcement, seconds."""
 
     async def learn_numbers(self, *seen: int) -> None:
-        """Number above everything the broker, the transport and ``seen`` know.
+        """Number above everything the broker, the transport and ``seen`` know. Nothing may be
+        under way.
 
         A version may be whole in the transport without being announced, and a Redis that lost its
         tail may have forgotten some.
         """
+        await asyncio.to_thread(self._sweep)
         steps = await self._broker.version_steps()
         meta = await self._broker.run_meta()
         self.last_version = max(
@@ -85,11 +108,13 @@ class Publisher:
             *seen,
         )
 
-    async def publish(self, publication: Publication) -> int:
+    async def begin(self, publication: Publication) -> int:
         """Publish the weights as they are now; returns the version number.
 
-        Raises ``WeightError`` while publication is blocked because two workers refused a version.
+        Returns when they may change: announced without ``learner.publish_async`` and in rounds,
+        else with that under way. Raises what ``settle`` does.
         """
+        await self.settle()
         version = self.last_version + 1
         staging = self._config.run_dir / "publish" / f"v{version:06d}-f{self._fence.token}"
         probe = await self._thread.run(self._write, staging, publication.batch)
@@ -102,22 +127,67 @@ class Publisher:
             probe=probe,
             created_ms=await self._broker.now_ms(),
         )
-        export = await asyncio.to_thread(self._exports.begin, staging, fields)
-        manifest = await self._transport.publish(
-            staging, fields, consume=True, protect=publication.protect
-        )
         self.last_version = version  # used up, whether it gets announced or not
-        crashpoints.reach("publishing", publication.step)
-        info = VersionInfo(
-            version, publication.step, publication.fork_step, dump_manifest(self._offer(manifest))
-        )
+        announcing = self._announce(staging, fields, publication.protect)
+        self._announcing = asyncio.create_task(announcing, name="publish")
+        if not self._is_beside:
+            await self.settle()
+        return version
+
+    async def settle(self) -> float:
+        """Wait for the announcement under way, if there is one; returns the seconds that took.
+
+        Raises ``WeightError`` while publication is blocked because two workers refused a version,
+        and what ended it otherwise.
+        """
+        began = time.monotonic()
+        if self._announcing is not None:
+            await asyncio.wait({self._announcing})  # whose own end may not cancel the announcement
+            self.check()
+        return time.monotonic() - began
+
+    def check(self) -> None:
+        """Raise what ended the announcement under way, at once; nothing while it goes on."""
+        if self._announcing is not None and self._announcing.done():
+            announcing, self._announcing = self._announcing, None
+            announcing.result()
+
+    async def close(self) -> None:
+        """Give an announcement up that is still under way when the learner ends by an error; a
+        thread of the transport gets some seconds to come to its end before."""
+        if self._announcing is None:
+            return
+        announcing, self._announcing = self._announcing, None
+        await asyncio.wait({announcing}, timeout=_LEAVING_S)
+        announcing.cancel()
+        await asyncio.wait({announcing})
+        if not announcing.cancelled() and (error := announcing.exception()) is not None:
+            self._log.warning("the last version was not announced", why=str(error))
+
+    async def _announce(
+        self, staging: Path, fields: VersionFields, protect: Collection[int]
+    ) -> None:
+        began = time.monotonic()
+        version, step = fields.policy_version, fields.learner_step
+        export = await asyncio.to_thread(self._exports.begin, staging, fields)
+        manifest = await self._transport.publish(staging, fields, consume=True, protect=protect)
+        crashpoints.reach("publishing", step)
+        info = VersionInfo(version, step, fields.fork_step, dump_manifest(self._offer(manifest)))
         keep = max(8, self._config.weights.keep_versions + 1)
         await self._broker.publish(self._fence, info, keep)
-        crashpoints.reach("published", publication.step)
+        crashpoints.reach("published", step)
         await asyncio.to_thread(self._exports.finish, export, version)
         shutil.rmtree(staging, ignore_errors=True)
-        self._log.info("weights published", version=version, step=publication.step)
-        return version
+        self.announce_s = time.monotonic() - began
+        self._log.info(
+            "weights published", version=version, step=step, announce_s=round(self.announce_s, 3)
+        )
+
+    def _sweep(self) -> None:
+        """Remove folders that killed learners, or this one, wrote and did not hand over."""
+        for path in (self._config.run_dir / "publish").glob("v*-f*"):
+            if int(path.name.rpartition("-f")[2]) <= self._fence.token:
+                shutil.rmtree(path, ignore_errors=True)
 
     def _write(self, staging: Path, batch: TrainBatch | None) -> tuple[ProbeSequence, ...]:
         shutil.rmtree(staging, ignore_errors=True)

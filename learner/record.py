@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import msgpack
 import numpy as np
@@ -13,10 +13,12 @@ from learner.algorithms.selection import Candidate, Selected
 from learner.batch import BatchItem, TrainBatch
 from ringasync import SCHEMA_VERSION
 from ringasync.broker.types import RawGroup, RawRollout, TrainedTokens
-from ringasync.errors import JournalError, SchemaError
+from ringasync.errors import MALFORMED, JournalError, SchemaError
 from ringasync.records.routing import RoutedRows, last_rows
 from ringasync.records.segment import decode_segment
 from ringasync.records.trajectory import FlatResponse, Trajectory, join_segments
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +180,7 @@ def unpack_record(fields: Any) -> BatchRecord:
     """Rebuild ``pack_record``'s data. Raises ``JournalError`` on a missing or wrong field."""
     _check_schema(fields)
     try:
-        return BatchRecord(
+        record = BatchRecord(
             batch_id=str(fields["batch_id"]),
             step=int(fields["step"]),
             fence=int(fields["fence"]),
@@ -190,14 +192,21 @@ def unpack_record(fields: Any) -> BatchRecord:
             groups=tuple(_unpack_group(one) for one in fields["groups"]),
             advantages={str(k): float(v) for k, v in fields["advantages"].items()},
             carried=tuple(unpack_carried(one) for one in fields["carried"]),
-            order=tuple(Selected(r, g, int(t), int(m)) for r, g, t, m in fields["order"]),
-            surplus=tuple(fields["surplus"]),
+            order=tuple(
+                Selected(_is(r, str), _is(g, str), int(t), int(m)) for r, g, t, m in fields["order"]
+            ),
+            surplus=tuple(_is(one, str) for one in fields["surplus"]),
             ages={int(version): int(age) for version, age in fields["ages"]},
         )
-    except (KeyError, TypeError, ValueError) as error:
+        known = record.credited()
+        missing = {*(one.rollout_id for one in record.order), *record.surplus} - known.keys()
+        if missing:
+            raise ValueError(f"it names rollouts that it does not hold: {sorted(missing)[:3]}")
+    except MALFORMED as error:
         raise JournalError(
             f"journal record misses a field or has a wrong one: {error!r}"
         ) from error
+    return record
 
 
 def pack_carried(one: CarriedRollout) -> list[Any]:
@@ -216,7 +225,12 @@ def unpack_carried(fields: Any) -> CarriedRollout:
     """Rebuild ``pack_carried``'s data."""
     group_id, domain, prompt_ids, source_index, rollout, advantage = fields
     return CarriedRollout(
-        group_id, domain, tuple(prompt_ids), source_index, _unpack_rollout(rollout), advantage
+        _is(group_id, str),
+        _is(domain, str),
+        _unpack_prompt(prompt_ids),
+        _is(source_index, int),
+        _unpack_rollout(rollout),
+        _is(advantage, float),
     )
 
 
@@ -232,7 +246,7 @@ def unpack_carry(payload: bytes) -> tuple[CarriedRollout, ...]:
         fields = msgpack.unpackb(payload)
         _check_schema(fields)
         return tuple(unpack_carried(one) for one in fields["carry"])
-    except (KeyError, TypeError, ValueError, msgpack.UnpackException) as error:
+    except (*MALFORMED, msgpack.UnpackException) as error:
         raise JournalError(f"carried trajectories are unreadable: {error!r}") from error
 
 
@@ -249,10 +263,10 @@ def _pack_group(group: RawGroup) -> list[Any]:
 def _unpack_group(fields: Any) -> RawGroup:
     group_id, domain, prompt_ids, source_index, rollouts = fields
     return RawGroup(
-        group_id,
-        domain,
-        tuple(prompt_ids),
-        source_index,
+        _is(group_id, str),
+        _is(domain, str),
+        _unpack_prompt(prompt_ids),
+        _is(source_index, int),
         tuple(_unpack_rollout(rollout) for rollout in rollouts),
     )
 
@@ -269,7 +283,26 @@ def _pack_rollout(rollout: RawRollout) -> list[Any]:
 
 def _unpack_rollout(fields: Any) -> RawRollout:
     rollout_id, reward, finish_reason, retention, segments = fields
-    return RawRollout(rollout_id, reward, finish_reason, retention, tuple(segments))
+    return RawRollout(
+        _is(rollout_id, str),
+        float(reward),
+        _is(finish_reason, str),
+        _is(retention, int),
+        tuple(_is(one, bytes) for one in segments),
+    )
+
+
+def _unpack_prompt(token_ids: Any) -> tuple[int, ...]:
+    prompt = tuple(_is(token, int) for token in token_ids)
+    if prompt and not 0 <= min(prompt) <= max(prompt) < 2**31:
+        raise ValueError("a prompt holds a token id that is no int32 above -1")
+    return prompt
+
+
+def _is(value: Any, kind: type[_T]) -> _T:
+    if type(value) is not kind:
+        raise TypeError(f"{value!r:.40} is no {kind.__name__}")
+    return value
 
 
 def _check_schema(fields: Any) -> None:

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import structlog
 
 from ringasync.broker.client import Broker
+from ringasync.observability.stalls import Awaited, in_words
+
+_REMEDY = "`ringasync top` shows what they do; start workers if there are none"
 
 
 class StallWatch:
-    """Logs at most one report every ``report_s`` while something is awaited."""
+    """Logs at most one report every ``report_s`` while something is awaited.
 
-    def __init__(self, broker: Broker, report_s: float) -> None:
-        self._broker = broker
+    ``say`` is told it in words for ``top`` and the health endpoint, and nothing once it came.
+    """
+
+    def __init__(
+        self, broker: Broker, report_s: float, say: Callable[[str], None] = lambda _: None
+    ) -> None:
+        self._broker, self._say = broker, say
         self._report_s = report_s
         self._since = time.monotonic()
         self._reported = self._since
@@ -24,6 +33,7 @@ class StallWatch:
     def progress(self) -> None:
         """What was awaited came: the clock starts again."""
         self._since = self._reported = time.monotonic()
+        self._say("")
 
     @property
     def waited_s(self) -> float:
@@ -36,17 +46,20 @@ class StallWatch:
             return
         self._reported = time.monotonic()
         self.reports += 1
-        backlog = await self._broker.backlog()
+        backlog, debtors = await self._broker.backlog(), await self._debtors()
+        owed_by = "; ".join(debtors[:3])
+        self._say(in_words(Awaited(awaited, owed_by, _REMEDY), self.waited_s))
         self._log.warning(
             "learner is waiting",
             awaited=awaited,
             since_s=round(self.waited_s, 1),
-            owed_by=await self._debtors(),
+            owed_by=debtors,
             generating=backlog.running_rollouts,
             open_rollouts=backlog.open_rollouts,
             queued_tickets=backlog.queued_tickets,
             grading_jobs=backlog.grading_jobs,
             paused_feeding=backlog.paused_feeding,
+            remedy=_REMEDY,
             **details,
         )
 

@@ -16,7 +16,8 @@ class LearnerState:
 
     ``step`` batches are in the weights, up to ``journal_offset``. ``fork_step`` is the step up to
     which this life shares the history of earlier ones: everything journalled before it began.
-    ``published_step`` is the step of the newest announced weights, -1 if none of this line.
+    ``policy_version`` numbers the weights of ``published_step``, announced or about to be; -1 there
+    if none of this line were published.
     ``checkpoint_step`` is the step of the checkpoint that this life began from, -1 if none.
     """
 

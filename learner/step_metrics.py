@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,9 @@ from learner.batch import TrainBatch
 from learner.record import BatchRecord
 from ringasync.config.schema import LossConfig
 from ringasync.records.routing import known_rows, last_rows
+
+_GAP_ALARM_NATS = 0.05
+"""Mean log-prob gap at age 0 above which training "essentially fails" (Ring-1T, IcePop blog)."""
 
 
 @dataclass(slots=True)
@@ -98,6 +102,28 @@ def step_metrics(done: TrainedStep, loss: LossConfig, policy_version: int) -> di
         **{f"time_{name}_s": round(value, 6) for name, value in done.result.seconds.items()},
         "tokens_per_s": trained / step_s if step_s > 0 else None,
     }
+
+
+def log_step(log: Any, metrics: Mapping[str, Any]) -> None:
+    """Say that the step of ``metrics`` is trained, and what of it should alarm."""
+    step, gap = metrics["step"], metrics.get("gap_mean")
+    if gap is not None and gap > _GAP_ALARM_NATS:
+        log.warning("train and inference engine disagree at age 0", gap_mean=gap, step=step)
+    if metrics["grad_norm_spike"]:
+        log.warning(
+            "gradient norm far above those of the last steps",
+            grad_norm=metrics["grad_norm"],
+            median=metrics["grad_norm_median"],
+            step=step,
+        )
+    log.info(
+        "step trained",
+        step=step,
+        reward=metrics["train_reward"],
+        loss=metrics["loss"],
+        tokens=metrics["tokens_trained"],
+        replayed=metrics["replayed"],
+    )
 
 
 def _replay_metrics(batch: TrainBatch) -> dict[str, Any]:

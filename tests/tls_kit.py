@@ -31,11 +31,18 @@ class Authority:
 
     def client_files(self) -> tuple[Path, Path]:
         """A client's certificate and its key."""
-        issued = self.ca.issue_cert("worker@ring.test")
+        return self._files("client", "worker@ring.test")
+
+    def server_files(self, name: str) -> tuple[Path, Path]:
+        """A certificate for a server at ``name``, and its key."""
+        return self._files("server", name)
+
+    def _files(self, stem: str, name: str) -> tuple[Path, Path]:
+        issued = self.ca.issue_cert(name)
         folder = self.ca_file.parent
-        issued.cert_chain_pems[0].write_to_path(str(folder / "client.pem"))
-        issued.private_key_pem.write_to_path(str(folder / "client.key"))
-        return folder / "client.pem", folder / "client.key"
+        issued.cert_chain_pems[0].write_to_path(str(folder / f"{stem}.pem"))
+        issued.private_key_pem.write_to_path(str(folder / f"{stem}.key"))
+        return folder / f"{stem}.pem", folder / f"{stem}.key"
 
     def server_context(self, name: str, *, asks_client: bool) -> ssl.SSLContext:
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)

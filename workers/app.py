@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-import tempfile
 from pathlib import Path
 
 import xxhash
@@ -20,6 +19,7 @@ from ringasync.weights.build import make_transport
 from workers.engines.factory import EngineFactory, read_limits
 from workers.grader import Grader, tokenizer_decoder
 from workers.rollout_loop import RolloutWorker
+from workers.scratch import scratch_folder
 
 EXIT_NOT_DRAINED = 1
 """Stopped as asked, but leases were left to the session's end."""
@@ -43,8 +43,8 @@ async def work_role(args: RoleArgs, shutdown: Shutdown, worker_id: str = "") -> 
     async with connected(config, args.redis_url) as broker:
         if not await join_when_created(broker, config, shutdown):
             return 0
-        with tempfile.TemporaryDirectory(prefix="ringasync-weights-") as scratch:
-            return await _work(args, broker, shutdown, worker_id, Path(scratch))
+        with scratch_folder() as scratch_dir:
+            return await _work(args, broker, shutdown, worker_id, scratch_dir)
 
 
 async def _work(

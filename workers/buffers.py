@@ -15,11 +15,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ringasync.broker.types import AppendItem, Lease
+from ringasync.observability.log import get_logger
 from ringasync.records.routing import RoutedRows, join_rows, last_rows
 from ringasync.records.segment import Segment, encode_segment, policy_segment
 from ringasync.records.states import FinishReason
 from ringasync.records.trajectory import join_segments
 from workers.engines.base import GenerationRequest, TokenChunk
+
+log = get_logger()
 
 
 @dataclass(slots=True)
@@ -179,9 +182,24 @@ class RolloutStore:
         """Begin to hold a rollout."""
         self._rollouts[rollout.rollout_id] = rollout
 
+    def holds(self, rollout: LocalRollout) -> bool:
+        """Whether this very one is held, and not another lease of the same rollout."""
+        return self._rollouts.get(rollout.rollout_id) is rollout
+
     def remove(self, rollout_id: str) -> None:
         """Forget a rollout and its unsent tokens."""
         self._rollouts.pop(rollout_id, None)
+
+    def drop_superseded(self, leases: Sequence[Lease]) -> list[str]:
+        """Forget those that are leased anew while they are held; returns their ids.
+
+        Redis lost its tail, and with it the older lease, before anybody noticed.
+        """
+        dropped = [each.rollout_id for each in leases if each.rollout_id in self._rollouts]
+        for rollout_id in dropped:
+            log.warning("lease superseded: Redis forgot the older one", rollout=rollout_id)
+            self.remove(rollout_id)
+        return dropped
 
     def absorb(self, chunks: Sequence[TokenChunk]) -> int:
         """Sort the engine's tokens into their rollouts; returns how many were taken.

@@ -119,6 +119,8 @@ class Flusher:
 
     async def _lose(self, rollout: LocalRollout, status: AppendStatus | MoveStatus) -> None:
         """The rollout is not ours any more, or Redis knows less of it than we do."""
+        if not self._store.holds(rollout):
+            return  # superseded while the answer was on its way: a newer lease of it is held
         log.warning(
             "rollout given up",
             rollout=rollout.rollout_id,
@@ -144,7 +146,7 @@ class Flusher:
 
     async def _settle(self, rollouts: Sequence[LocalRollout]) -> None:
         """Finish or park those of which Redis has every token."""
-        settled = [r for r in rollouts if r.is_settled and r.rollout_id in self._store]
+        settled = [r for r in rollouts if r.is_settled and self._store.holds(r)]
         finished = [r for r in settled if r.finish is not None]
         parked = [r for r in settled if r.finish is None]
         if finished:
@@ -184,7 +186,8 @@ class Flusher:
         for rollout, status in zip(rollouts, statuses, strict=True):
             if status in ("ok", "duplicate"):
                 moved += 1
-                self._store.remove(rollout.rollout_id)
+                if self._store.holds(rollout):
+                    self._store.remove(rollout.rollout_id)
             elif status != "full":
                 await self._lose(rollout, status)
         return moved

@@ -35,6 +35,7 @@ from ringasync.rewards.pool import VerifierPool
 from ringasync.runtime.joining import connected, join_when_created
 from ringasync.runtime.role import RoleArgs, parse_role, run_role
 from ringasync.runtime.shutdown import Shutdown
+from workers.verdict_watch import VerdictWatch
 
 Decode = Callable[[Sequence[int]], str]
 """Token ids of a response to text, special tokens left out."""
@@ -100,6 +101,7 @@ class Grader:
         self._limit = grader.processes * JOBS_PER_PROCESS
         self._tasks: set[asyncio.Task[Verdict | None]] = set()
         self._unsent: list[Verdict] = []
+        self._watch = VerdictWatch(config.observability.stall_report_s)
         self._lost_session = ""
         self._num_lost = 0
 
@@ -130,8 +132,8 @@ class Grader:
             await asyncio.gather(stopped, *self._tasks, return_exceptions=True)
             await self._pool.close()
 
-    def status(self) -> dict[str, int | float]:
-        """For the heartbeat: verdicts and errors so far, jobs in hand, mean verdict time."""
+    def status(self) -> dict[str, int | float | str]:
+        """For the heartbeat: verdicts and errors so far, jobs in hand, verdict times, hung ones."""
         stats = self._pool.stats
         return {
             "grade_jobs": len(self._tasks),
@@ -142,6 +144,7 @@ class Grader:
             "verdict_total_s": round(stats.verify_s, 6),
             "verdict_mean_s": round(stats.verify_s / max(1, stats.verdicts), 6),
             "verdict_max_s": round(stats.verify_max_s, 6),
+            "stall": self._watch.stall(),
         }
 
     async def _take(self) -> int:
@@ -161,6 +164,8 @@ class Grader:
     async def _grade(self, job: GradeJob) -> Verdict | None:
         """One job's verdict; None when its record is broken and was quarantined."""
         try:
+            if job.unreadable:
+                raise SchemaError(job.unreadable)
             tokens = join_segments([decode_segment(raw) for raw in job.segments]).token_ids
         except SchemaError as error:
             log.warning("broken record quarantined", rollout=job.rollout_id, why=str(error))
@@ -173,7 +178,8 @@ class Grader:
         response = decoded.encode("utf-8", "replace").decode()  # Redis takes no lone surrogates
         shown = response[:SAMPLE_CHARS]
         try:
-            reward = await self._pool.verify(job.task, response)
+            with self._watch.asking(job.rollout_id, job.task):
+                reward = await self._pool.verify(job.task, response)
         except VerifierError as error:
             log.warning("no verdict", rollout=job.rollout_id, attempts=job.attempts, why=str(error))
             return Verdict(
@@ -275,12 +281,11 @@ class GraderRole:
         """Consumes: the poll. Produces: heartbeats. Waits for: its interval, until cancelled."""
         worker = self._config.worker
         while True:
-            status = self._grader.status()
+            figures = self._grader.status()
+            doing = "grading" if figures["grade_jobs"] else "waiting for finished rollouts"
+            status = {"doing": doing, **figures}
             self._exporter.set(status)
-            doing = "grading" if status["grade_jobs"] else "waiting for finished rollouts"
-            poll = await self._broker.heartbeat(
-                self._session_id, worker.session_ttl_ms, {"doing": doing, **status}
-            )
+            poll = await self._broker.heartbeat(self._session_id, worker.session_ttl_ms, status)
             if not poll.alive:
                 log.warning("session lost, opening another", session=self._session_id)
                 await self._open_session()

@@ -78,7 +78,7 @@ def sort_leases(leases: Sequence[Lease], limits: ModelLimits) -> Intake:
     """Decode the prefixes and decide what becomes of each lease."""
     intake = Intake()
     for lease in leases:
-        problem = prompt_problem(lease.prompt_ids, limits)
+        problem = lease.unreadable or prompt_problem(lease.prompt_ids, limits)
         if problem:
             intake.bad.append((lease, problem))
             continue

@@ -29,6 +29,7 @@ from workers.session import SessionKeeper, Status
 from workers.tasks import first_end
 from workers.throttle import Throttle
 from workers.throughput import Throughput
+from workers.watch import WorkerWatch
 from workers.weight_keeper import WeightKeeper
 
 ReadLimits = Callable[[Path], ModelLimits]
@@ -91,7 +92,7 @@ class RolloutWorker:
             ttl_ms=worker.session_ttl_ms,
             heartbeat_ms=worker.heartbeat_ms,
             info=info or {},
-            status=self.status,
+            status=WorkerWatch(config.observability.stall_report_s).watched(self.status),
             changed=self._changed,
         )
         self.device = DeviceTurn(self.control, self.session.beat)
@@ -311,6 +312,7 @@ class RolloutWorker:
         if not leases or self._limits is None:
             return
         # The flusher may have given one of them up meanwhile: the engine must drop it first.
+        self._to_abort += self.store.drop_superseded(leases)
         await self._drop_lost()
         intake = sort_leases(leases, self._limits)
         for rollout in (*intake.done, *intake.generate):

@@ -91,12 +91,14 @@ class WeightKeeper:
     @property
     def figures(self) -> dict[str, int | float]:
         """What the heartbeat says of this life's swaps: how many, and the seconds of all of them
-        (canary included, fetch left out), with the part in which the engine stood still."""
+        (canary included, fetch left out), with the part in which the engine stood still; and the
+        version that is being fetched."""
         return {
             "swaps": self.swaps,
             "peer_swaps": self.peer_swaps,
             "swap_total_s": round(self.swap_total_s, 6),
             "swap_paused_total_s": round(self.swap_paused_total_s, 6),
+            "fetching_version": self._fetching[0] if self._fetching is not None else 0,
         }
 
     def wanted(self, poll: Poll) -> int | None:

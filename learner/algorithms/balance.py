@@ -17,14 +17,20 @@ def cost(length: int, even_tokens: int = EVEN_TOKENS) -> float:
 
 
 def plan(
-    lengths: Sequence[int], ranks: int, limit_tokens: int, even_tokens: int = EVEN_TOKENS
+    lengths: Sequence[int],
+    ranks: int,
+    limit_tokens: int,
+    even_tokens: int = EVEN_TOKENS,
+    *,
+    padded: bool = False,
 ) -> list[list[list[int]]]:
     """Indices of ``lengths`` by rank and micro-batch, equally many micro-batches for each rank.
 
     Every index is there once. A micro-batch holds ``limit_tokens`` at most, or one longer sequence
     alone. Ranks get their sequences by LPT (the costliest sequence left goes to the rank with the
     least work), so the busiest one has at most 4/3 of what the best split would give it. Each rank
-    packs its own first-fit, longest first. As collectives of sharded engines need the same number
+    packs its own first-fit, longest first; ``padded``: neighbours by length are put together, and
+    ``limit_tokens`` counts rows x longest. As collectives of sharded engines need the same number
     of forwards everywhere, ranks with fewer micro-batches split theirs; where a rank has fewer
     sequences than others have micro-batches, empty ones stand at its end. The same arguments give
     the same plan, whichever rank asks.
@@ -39,7 +45,8 @@ def plan(
         done, rank = heapq.heappop(work)
         shares[rank].append(index)
         heapq.heappush(work, (done + cost(lengths[index], even_tokens), rank))
-    packed = [_first_fit(share, lengths, limit_tokens) for share in shares]
+    pack = _rows if padded else _first_fit
+    packed = [pack(share, lengths, limit_tokens) for share in shares]
     count = max(len(bins) for bins in packed)
     for bins in packed:
         _split_to(bins, count, lengths)
@@ -59,6 +66,17 @@ def _first_fit(share: Sequence[int], lengths: Sequence[int], limit_tokens: int) 
         else:
             bins[place].append(index)
             room[place] -= lengths[index]
+    return bins
+
+
+def _rows(share: Sequence[int], lengths: Sequence[int], limit_tokens: int) -> list[list[int]]:
+    """``share`` comes longest first: the first row of a micro-batch says how long all are."""
+    bins: list[list[int]] = []
+    for index in share:
+        if bins and (len(bins[-1]) + 1) * lengths[bins[-1][0]] <= limit_tokens:
+            bins[-1].append(index)
+        else:
+            bins.append([index])
     return bins
 
 

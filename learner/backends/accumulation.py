@@ -16,11 +16,13 @@ from learner.backends.routing_replay import replayed_routing
 from learner.backends.step_timer import StepTimer
 from learner.backends.trained import TrainedMicroBatch
 from ringasync.config.schema import LossConfig
+from ringasync.errors import TrainingError
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Accumulation:
-    """What adds the gradients of micro-batches up. ``score`` gives log-probs and entropy [N].
+    """What adds the gradients of micro-batches up. ``score`` gives log-probs and entropy [N],
+    ``backward`` gets a loss and whether it is the last one of the update.
 
     Nothing in it waits for the device.
     """
@@ -31,6 +33,7 @@ class Accumulation:
     mismatch: MismatchWeights
     loss: LossConfig
     ranks: int
+    backward: Callable[[Tensor, bool], None]
 
     def add(
         self,
@@ -39,6 +42,8 @@ class Accumulation:
         fixed: FixedInputs,
         totals: TermTotals,
         timer: StepTimer,
+        *,
+        is_last: bool,
     ) -> TrainedMicroBatch:
         """Add the gradient of one micro-batch; ``proximal`` fp32 [N], None: its own forward."""
         # Around the backward pass too: checkpointed layers run again in it, by the same routing.
@@ -63,7 +68,7 @@ class Accumulation:
                 loss = self.terms.add_to(result.loss, scored, fixed, totals)
             with timer.part("backward"):
                 # Shards of a gradient are averaged over the ranks; a sum is wanted.
-                (loss * self.ranks).backward()  # type: ignore[no-untyped-call]
+                self.backward(loss * self.ranks, is_last)
         return TrainedMicroBatch(
             loss.detach(),
             policy.detach(),
@@ -73,3 +78,16 @@ class Accumulation:
             result.clipped,
             entropy.detach(),
         )
+
+
+def backward(loss: Tensor, _is_last: bool) -> None:
+    """torch's own."""
+    loss.backward()  # type: ignore[no-untyped-call]
+
+
+def no_step(norm: float) -> TrainingError:
+    """What a gradient whose norm is not finite ends in."""
+    return TrainingError(
+        f"gradient norm is {norm}: the step was not made. Lower learner.lr, or look for a "
+        "damaged model with `ringasync audit` and the last checkpoint"
+    )

@@ -101,5 +101,8 @@ class Backend(Protocol):
         ...
 
     def save_hf(self, directory: Path) -> None:
-        """Write the policy as an HF-format folder: ``config.json``, ``model.safetensors``."""
+        """Write the policy as an HF-format folder: ``config.json``, ``model*.safetensors``.
+
+        Raises ``EnvironmentRefusedError`` when the disk refuses; all ranks are in step then.
+        """
         ...

@@ -26,7 +26,8 @@ class Positions:
     """Which tokens are wanted: ``input_ids`` int64 [B, L]; the rest int64 [N].
 
     ``rows`` and ``columns`` say where ``targets`` are predicted. ``packing``: where the sequences
-    of a packed row begin; then B is 1.
+    of a packed row begin; then B is 1. ``widest``: the largest N of those that the ranks score at
+    the same time; whoever has fewer runs the LM head as often as it.
     """
 
     input_ids: Tensor
@@ -34,6 +35,7 @@ class Positions:
     columns: Tensor
     targets: Tensor
     packing: Packing | None = None
+    widest: int = 0
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -55,6 +57,8 @@ class MicroBatch:
     ``advantages``, ``inverse_denominators`` float32, ``ages`` int64. ``owners`` names the rollout
     of each sequence. ``routed_experts`` int32 [B, L, layers, experts a token] says which experts
     ran at each input position, -1 where that is not known; None: nothing is to be replayed.
+    ``is_filler``: it only keeps a rank in step with the others and counts in nothing. ``widest``:
+    see ``Positions``.
     """
 
     input_ids: Tensor
@@ -68,11 +72,15 @@ class MicroBatch:
     owners: tuple[str, ...]
     routed_experts: Tensor | None = None
     packing: Packing | None = None
+    is_filler: bool = False
+    widest: int = 0
 
     @property
     def positions(self) -> Positions:
         """Its trained tokens as positions to score."""
-        return Positions(self.input_ids, self.rows, self.columns, self.targets, self.packing)
+        return Positions(
+            self.input_ids, self.rows, self.columns, self.targets, self.packing, self.widest
+        )
 
     def nonfinite(self, logprobs: Tensor, whose: str) -> NonFiniteLogprobError | None:
         """The error that NaN or infinite values among ``logprobs`` [N] are, None without any."""
@@ -91,7 +99,8 @@ class MicroBatch:
 
     def without_weight(self) -> MicroBatch:
         """The same with denominators that take it out of every sum."""
-        return replace(self, inverse_denominators=torch.zeros_like(self.inverse_denominators))
+        zeros = torch.zeros_like(self.inverse_denominators)
+        return replace(self, inverse_denominators=zeros, is_filler=True)
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on ``device``."""
@@ -107,6 +116,8 @@ class MicroBatch:
             self.owners,
             None if self.routed_experts is None else self.routed_experts.to(device),
             None if self.packing is None else self.packing.to(device),
+            self.is_filler,
+            self.widest,
         )
 
 
@@ -118,6 +129,7 @@ def collate(
     pad_id: int = 0,
     routing: bool = False,
     packing: Attention | None = None,
+    ranks: int = 1,
 ) -> list[MicroBatch]:
     """Split a batch into micro-batches of at most ``microbatch_tokens`` tokens, padding included.
 
@@ -125,6 +137,7 @@ def collate(
     token. ``packing``: they are packed, for that attention; without, padded, sorted by length so
     that little is. Denominators are those of the whole batch, so the
     sum over micro-batches is exact whatever the split. ``routing``: with the recorded experts.
+    ``ranks``: equally many for each, in turn (``Ranks.share``), by ``balance.plan``.
     """
     lengths = [item.trajectory.num_policy_tokens for item in batch.items]
     denominators = token_denominators(
@@ -136,27 +149,24 @@ def collate(
         if item.trained_tokens > 0
     ]
     sizes = [_row_tokens(item) for item, _ in entries]
-    if packing is None:
-        chosen = plan_microbatches(sizes, microbatch_tokens)
-    else:
-        (chosen,) = plan(sizes, 1, microbatch_tokens)
-    return [
+    shares = plan(sizes, ranks, microbatch_tokens, padded=packing is None)
+    made = [
         _collate_rows([entries[index] for index in one], batch, pad_id, routing, packing)
-        for one in chosen
+        if one
+        else None
+        for in_turn in zip(*shares, strict=True)
+        for one in in_turn
     ]
+    real = [one for one in made if one is not None]
+    # The shortest, for it is run in vain.
+    filler = min(real, key=lambda one: one.input_ids.numel()).without_weight() if real else None
+    return [one for one in (each or filler for each in made) if one is not None]
 
 
 def plan_microbatches(sizes: Sequence[int], microbatch_tokens: int) -> list[list[int]]:
     """Indices of rows by micro-batch, longest rows first: rows x longest <= the limit."""
-    plan: list[list[int]] = []
-    longest = 0
-    for index in sorted(range(len(sizes)), key=lambda one: (-sizes[one], one)):
-        if plan and (len(plan[-1]) + 1) * longest <= microbatch_tokens:
-            plan[-1].append(index)
-        else:
-            plan.append([index])
-            longest = sizes[index]
-    return plan
+    (chosen,) = plan(sizes, 1, microbatch_tokens, padded=True)
+    return chosen
 
 
 def pad_rows(rows: Sequence[Sequence[int] | np.ndarray], pad_id: int = 0) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, StorageMeta
 
 _CHECKPOINT: Final = "torch.distributed.checkpoint"
 KNOWN_NAMES: Final = frozenset(
@@ -33,8 +33,21 @@ KNOWN_NAMES: Final = frozenset(
 )
 
 
+def _memory_format(owner: object, name: object) -> _MEM_FORMAT_ENCODING:
+    """Stands for ``getattr``: Python 3.11.0 to 3.11.3 write the members of an enum as a call of it.
+
+    Raises:
+        pickle.UnpicklingError: anything but a memory format is asked for.
+    """
+    if owner is not _MEM_FORMAT_ENCODING or name not in _MEM_FORMAT_ENCODING.__members__:
+        raise pickle.UnpicklingError(f"the index asks for {name!r} of {owner!r}, as no index does")
+    return _MEM_FORMAT_ENCODING[str(name)]
+
+
 class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _memory_format
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not is_dtype and (module, name) not in KNOWN_NAMES:
             raise pickle.UnpicklingError(f"the index names {module}.{name}, which no index does")

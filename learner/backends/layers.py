@@ -1,8 +1,8 @@
-"""The decoder layers of a model: activations computed again in the backward pass, compilation."""
+"""The decoder layers of a model: what they pass on, what is computed again, compilation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -15,6 +15,20 @@ _EAGER_TOKENS = 8
 """Inputs of up to this many tokens are probes; a program compiled for them is used for no other."""
 
 
+def use_residual_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let the hidden states [B, L, H] between layers be in ``dtype`` under autocast.
+
+    Autocast leaves sums in the dtype of their parts: float32 from the embedding on, or from a layer
+    whose experts answer in that. Rounded there, the residuals are in ``dtype`` as in an engine
+    whose weights are.
+    """
+    embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+    for module in (embedding, *_layers(model)):
+        module.register_forward_hook(
+            lambda _module, _args, output: output.to(dtype) if torch.is_tensor(output) else output
+        )
+
+
 def prepare_layers(model: nn.Module, *, checkpointing: bool, compiled: bool) -> int:
     """Wrap the forward of every decoder layer; how many there are.
 
@@ -25,9 +39,8 @@ def prepare_layers(model: nn.Module, *, checkpointing: bool, compiled: bool) -> 
     """
     if not checkpointing and not compiled:
         return 0
-    body: Any = getattr(model, "base_model", model)
-    layers = getattr(body, "layers", None)
-    if not isinstance(layers, nn.ModuleList):
+    layers = _layers(model)
+    if not layers:
         structlog.get_logger(__name__).warning(
             "learner.activation_checkpointing and learner.compile have no effect: the model has "
             "no list of decoder layers called 'layers'",
@@ -42,6 +55,12 @@ def prepare_layers(model: nn.Module, *, checkpointing: bool, compiled: bool) -> 
             forward = _checkpointed(forward)
         layer.__dict__["forward"] = forward  # shadows the method
     return len(layers)
+
+
+def _layers(model: nn.Module) -> Sequence[nn.Module]:
+    body: Any = getattr(model, "base_model", model)
+    layers = getattr(body, "layers", None)
+    return tuple(layers) if isinstance(layers, nn.ModuleList) else ()
 
 
 def _compiled(plain: Callable[..., Any]) -> Callable[..., Any]:

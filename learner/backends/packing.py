@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
 from typing import Any, Literal
 
 import structlog
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from learner.backends import flash4
 from ringasync.errors import TrainingError
 
 _kernel: Callable[..., Any] | None
@@ -31,6 +32,7 @@ _takes_window = _kernel is not None and "window_size" in inspect.signature(_kern
 # Settled here, as a compiled layer cannot ask. First a flag said causal, later a window.
 _CAUSAL: dict[str, Any] = {"window_size": (-1, 0)} if _takes_window else {"is_causal": True}
 
+Kernel = Literal["auto", "torch", "flash4"]
 Attention = Literal["varlen", "sequences"]
 """``varlen``: one kernel for all sequences (bfloat16 on CUDA). ``sequences``: torch's own attention
 for one sequence after the other, for any dtype and device."""
@@ -39,6 +41,7 @@ PackingMode = Literal["auto", "varlen", "sequences", "off"]
 _NAME = "ringasync_packed"
 _PROBE_LENGTHS = (3, 5)
 _PROBE_TOLERANCE = 1e-4
+_KERNEL_LENGTHS = (1, 300, 129)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,11 +84,16 @@ class Packing:
 
 
 def choose_packing(
-    model: nn.Module, mode: PackingMode, device: torch.device, dtype: torch.dtype
+    model: nn.Module,
+    mode: PackingMode,
+    device: torch.device,
+    dtype: torch.dtype,
+    kernel: Kernel = "auto",
 ) -> Attention | None:
     """How ``model`` is trained on packed rows; None: on padded ones, and the log tells why.
 
-    ``dtype`` is that of the forwards. ``model`` is left as it came.
+    ``dtype`` is that of the forwards. ``model`` is left as it came. ``kernel`` runs the attention
+    of ``varlen`` from here on, or torch's does and the log tells why.
     """
     if mode == "off":
         return None
@@ -102,7 +110,43 @@ def choose_packing(
             "attention runs sequence by sequence",
             device=str(device),
         )
-    return "varlen" if able and mode != "sequences" else "sequences"
+    if not able or mode == "sequences":
+        return "sequences"
+    _choose_kernel(model, kernel, device)
+    return "varlen"
+
+
+def _choose_kernel(model: Any, kernel: Kernel, device: torch.device) -> None:
+    config, log = model.config, structlog.get_logger(__name__)
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    wanted = kernel == "flash4" or (kernel == "auto" and flash4.installed())
+    probe = partial(kernel_error, device, heads, kv_heads, size)
+    if why := flash4.use_flash4(wanted, device, probe):
+        log.warning("attention runs by torch's kernel, not by FlashAttention 4", why=why)
+    log.info("attention of packed rows", kernel="flash4" if flash4.is_used() else "torch")
+
+
+def kernel_error(device: torch.device, heads: int, kv_heads: int, size: int) -> float:
+    """The largest relative error (L2) of output and gradients of the varlen kernel in bfloat16
+    against float32 attention, sequence by sequence; NaN where one is."""
+    generator = torch.Generator(device).manual_seed(0)
+    q, k, v, weights = (
+        torch.randn(sum(_KERNEL_LENGTHS), count, size, device=device, generator=generator)
+        for count in (heads, kv_heads, kv_heads, heads)
+    )
+    found: list[Sequence[Tensor]] = []
+    for attention, dtype in (("varlen", torch.bfloat16), ("sequences", torch.float32)):
+        packing = Packing.of(_KERNEL_LENGTHS, attention).to(device)  # type: ignore[arg-type]
+        leaves = [one.bfloat16().to(dtype).requires_grad_() for one in (q, k, v)]
+        with torch.enable_grad():
+            a, b, c = leaves
+            output = _packed(a, b, c, packing.bounds, max(_KERNEL_LENGTHS), None)
+            gradients = torch.autograd.grad(output, leaves, weights.bfloat16().to(dtype))
+        found.append([output.detach(), *gradients])
+    errors = [(one - other).norm() / other.norm() for one, other in zip(*found, strict=True)]
+    return float(torch.stack(errors).max())  # torch's maximum with a NaN is NaN
 
 
 def use_packed_attention(model: nn.Module) -> None:
@@ -167,17 +211,32 @@ def packed_attention(
             module, query, key, value, attention_mask, dropout, scaling, **kwargs
         )
         return padded
-    if cu_seq_lens_q.is_cuda:
-        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-        q, k, v = (one[0].transpose(0, 1).to(dtype or one.dtype) for one in (query, key, value))
-        return _varlen(q, k, v, cu_seq_lens_q, max_length_q, scaling)[None], None
-    return _by_sequence(query, key, value, cu_seq_lens_q, scaling), None
+    # Cast before anything is taken apart: once, and within a compiled layer.
+    kind = query.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+    q, k, v = (one[0].transpose(0, 1).to(dtype) for one in (query, key, value))
+    return _packed(q, k, v, cu_seq_lens_q, max_length_q, scaling)[None], None
+
+
+def _packed(
+    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scale: float | None
+) -> Tensor:
+    """[T, H, D], [T, K, D] twice to [T, H, D]."""
+    if bounds.is_cuda:
+        return _varlen(query, key, value, bounds, longest, scale)
+    result: Tensor = _by_sequence(query, key, value, bounds, scale)
+    return result
 
 
 def _varlen(
     query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scale: float | None
 ) -> Tensor:
-    """[T, H, D], [T, K, D] twice to [T, H, D]."""
+    """As ``_packed``."""
+    if flash4.is_used():
+        attended: Tensor = flash4.attend(
+            query.contiguous(), key.contiguous(), value.contiguous(), bounds, longest, scale
+        )
+        return attended
     if _kernel is None:
         raise TrainingError("this torch has no torch.nn.attention.varlen: learner.packing = 'auto'")
     usual = query.shape[-1] ** -0.5
@@ -203,17 +262,18 @@ def _varlen(
 def _by_sequence(
     query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scale: float | None
 ) -> Tensor:
-    """Not compiled: the lengths, other ones each time, would be part of the program."""
-    edges = bounds.tolist()  # in main memory, so nothing waits for the device
-    parts = [
-        functional.scaled_dot_product_attention(
-            query[:, :, first:last],
-            key[:, :, first:last],
-            value[:, :, first:last],
-            is_causal=True,
-            scale=scale,
-            enable_gqa=query.shape[1] != key.shape[1],
+    """As ``_packed``. Not compiled: the lengths, other ones each time, would be part of it.
+
+    Split, for the backward pass of a slice writes zeros to the whole row.
+    """
+    lengths: list[int] = bounds.diff().tolist()  # in main memory: nothing waits for the device
+    grouped = query.shape[1] != key.shape[1]
+    parts = []
+    for sequence in zip(*(torch.split(one, lengths) for one in (query, key, value)), strict=True):
+        q, k, v = (one.transpose(0, 1)[None] for one in sequence)
+        parts.append(
+            functional.scaled_dot_product_attention(
+                q, k, v, is_causal=True, scale=scale, enable_gqa=grouped
+            )
         )
-        for first, last in pairwise(edges)
-    ]
-    return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
+    return torch.cat([one[0].transpose(0, 1) for one in parts])

@@ -1,8 +1,8 @@
 """Several ranks as one ``Backend``: rank 0 tells the others each call before it makes its own.
 
 Calls go as msgpack over ``Ranks.broadcast``. What one rank refuses all refuse (``Ranks.agree``), so
-a ``RingError`` leaves the ranks in step. Any other exception ends the process that met it, and
-the launcher then ends the job.
+a ``RingError`` leaves the ranks in step. A ``StepMemoryError``, which one rank meets alone, and any
+other exception end the process that met it, and the launcher then ends the job.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from learner.backends.base import Backend, ScoredSequence, StepResult
 from learner.backends.ranks import Ranks
 from learner.backends.wire import pack_batch, pack_sequences, unpack_batch, unpack_sequences
 from learner.batch import TrainBatch
-from ringasync.errors import RingError
+from ringasync.errors import RingError, StepMemoryError
 
 _LEAVE = "leave"
 
@@ -42,8 +42,8 @@ class RankedBackend:
         self._tell(call, *told)
         try:
             result = getattr(self._local, call)(*own)
-        except RingError:
-            self._is_in_step = True
+        except RingError as error:
+            self._is_in_step = not isinstance(error, StepMemoryError)
             raise
         self._is_in_step = True
         return result
@@ -114,6 +114,8 @@ def serve(local: Backend, ranks: Ranks) -> None:
             return
         try:
             saving = make_call(local, call, arguments) or saving
+        except StepMemoryError:
+            raise
         except RingError as error:
             log.warning("refused by all ranks", call=call, error=str(error))
 

@@ -6,8 +6,8 @@ A rank that died is not found out here but by the launcher (``learner.launch``),
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgpack
@@ -102,12 +102,14 @@ class Ranks:
     def share(self, micro_batches: Sequence[MicroBatch]) -> tuple[list[MicroBatch], list[bool]]:
         """This rank's micro-batches, as many as every other rank's, and which of them count.
 
-        Sharded weights are gathered in every forward, so all ranks have to run the same number of
-        them. Where they do not divide, a rank runs one more without weight: its gradient is zero.
+        They are dealt out in turn, as ``collate`` has planned it for so many ranks. Sharded weights
+        are gathered in every forward, so a rank that has fewer was given fillers, whose gradient is
+        zero.
         """
-        own = list(itertools.islice(micro_batches, self.rank, None, self.size))
-        rounds = -(-len(micro_batches) // self.size)
-        real = [True] * len(own) + [False] * (rounds - len(own))
-        if len(own) < rounds:
-            own.append(micro_batches[-1].without_weight())
-        return own, real
+        starts = range(0, len(micro_batches), self.size)
+        rounds = [micro_batches[start : start + self.size] for start in starts]
+        own = [
+            replace(together[self.rank], widest=max(len(one.targets) for one in together))
+            for together in rounds
+        ]
+        return own, [not one.is_filler for one in own]

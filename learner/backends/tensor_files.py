@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.tensor import DTensor
 
 from learner.backends.index_reader import IndexReader
-from ringasync.durable import sync_path
+from ringasync.durable import room_at, sync_path
 from ringasync.errors import CheckpointError
 from ringasync.runtime import crashpoints
 
@@ -126,9 +126,10 @@ def write_tensors(
             )
         sync_path(directory)
     except (CheckpointException, OSError, RuntimeError) as error:  # the first: a BaseException
+        needed = sum(_own(one).numel() * one.element_size() for one in tensors.values())
         raise CheckpointError(
-            f"tensors cannot be written to {directory}: {_reason(error)}. Free disk space or make "
-            "the folder writable"
+            f"tensors cannot be written to {directory}: {_reason(error)} "
+            f"({room_at(directory, needed)}). Free disk space or make the folder writable"
         ) from error
 
 

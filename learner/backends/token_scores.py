@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import structlog
 import torch
@@ -28,6 +28,30 @@ _ENTROPY_MAX_VOCAB = 8192
 _PROBE_TOKENS = 8
 _HARMLESS = {"input_ids", "use_cache", "return_dict", "logits_to_keep"}
 """Arguments of the body that do not change what it computes of ``input_ids``."""
+
+
+class Scores(Protocol):
+    """What scores tokens: ``TokenScores``, or a sharded model's own way to it."""
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Positions whose logits are in memory at once; 0: all of them."""
+        ...
+
+    def score(
+        self,
+        wanted: Positions,
+        temperature: float,
+        *,
+        entropy: bool = False,
+        entropy_gradient: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """See ``TokenScores.score``."""
+        ...
+
+    def logits(self, wanted: Positions) -> Tensor:
+        """See ``TokenScores.logits``."""
+        ...
 
 
 class TokenScores:
@@ -85,14 +109,11 @@ class TokenScores:
         with torch.autocast(wanted.input_ids.device.type, torch.bfloat16, enabled=self._low):
             output = self._body(**wanted.inputs)
         hidden: Tensor = output.last_hidden_state[wanted.rows, wanted.columns]
+        chunks = _chunks(hidden, wanted, self.chunk_tokens)
         # One chunk alone is no larger when it is kept: nothing is computed again for it.
-        again = torch.is_grad_enabled() and hidden.shape[0] > self.chunk_tokens
+        again = torch.is_grad_enabled() and len(chunks) > 1
         parts: list[tuple[Tensor, Tensor]] = []
-        for states, targets in zip(
-            torch.split(hidden, self.chunk_tokens),
-            torch.split(wanted.targets, self.chunk_tokens),
-            strict=True,
-        ):
+        for states, targets in chunks:
             chunk = (states, targets, temperature, kind)
             if again:
                 # There is nothing random in a head, so no generator's state need be restored.
@@ -134,6 +155,14 @@ class TokenScores:
         with torch.autocast(device, torch.bfloat16, enabled=self._low, cache_enabled=False):
             logits = self._model.get_output_embeddings()(hidden)  # type: ignore[operator]
         return self._log_softmax(logits, targets, temperature, kind)
+
+
+def _chunks(hidden: Tensor, wanted: Positions, size: int) -> list[tuple[Tensor, Tensor]]:
+    """``hidden`` [N, H] and its targets in parts of ``size``, with as many empty ones behind them
+    as the widest of the ranks has more: a head of sharded weights is gathered for each."""
+    count = max(1, -(-max(hidden.shape[0], wanted.widest) // size))
+    bounds = [(at * size, (at + 1) * size) for at in range(count)]
+    return [(hidden[begin:end], wanted.targets[begin:end]) for begin, end in bounds]
 
 
 @torch.no_grad()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from itertools import compress, repeat
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from learner.algorithms.metrics import concatenate
 from learner.algorithms.mismatch import MismatchWeights, make_mismatch
 from learner.algorithms.schedule import learning_rate
-from learner.backends.accumulation import Accumulation
+from learner.backends.accumulation import Accumulation, backward, no_step
 from learner.backends.base import ScoredSequence, StepResult
 from learner.backends.collate import (
     MicroBatch,
@@ -32,16 +31,18 @@ from learner.backends.experts import use_autocast_experts
 from learner.backends.export import export_hf
 from learner.backends.extra_terms import ExtraTerms, FixedInputs, TermTotals
 from learner.backends.heads import use_float32_head
-from learner.backends.layers import prepare_layers
+from learner.backends.layers import prepare_layers, use_residual_dtype
+from learner.backends.memory import memory_explained
 from learner.backends.packing import choose_packing, use_packed_attention
 from learner.backends.pretrained import load_causal_lm
 from learner.backends.ranks import Ranks
 from learner.backends.routers import freeze_routers
 from learner.backends.routing_replay import replayed_routing, require_routers
-from learner.backends.sharding import RankGroup, ShardedScores, placements, shard
+from learner.backends.settings import TorchSettings as TorchSettings
+from learner.backends.sharding import RankGroup, placements, shard
 from learner.backends.step_timer import StepTimer
 from learner.backends.tensor_files import TensorSaver, read_shards, read_tensors
-from learner.backends.token_scores import TokenScores
+from learner.backends.token_scores import Scores, TokenScores
 from learner.backends.torch_state import (
     check_state,
     export_state,
@@ -51,30 +52,10 @@ from learner.backends.torch_state import (
 )
 from learner.batch import TrainBatch
 from learner.devices import release_cuda_caches, resolve_device
-from ringasync.config.schema import LearnerConfig, LossConfig
-from ringasync.errors import CheckpointError, NonFiniteLogprobError, TrainingError
+from ringasync.errors import CheckpointError, NonFiniteLogprobError
 from ringasync.runtime import crashpoints
 
 _HOST = torch.device("cpu")
-
-
-@dataclass(frozen=True, slots=True)
-class TorchSettings:
-    """What the backend takes from the configuration.
-
-    ``temperature`` is the sampling temperature, applied to the logits of every training log-prob.
-    ``dtype`` is the dtype of forward passes and of published weights; the master stays fp32.
-    ``head_dtype`` may set the LM head apart: ``float32`` above a body in ``dtype``.
-    ``begin_offloaded``: stay in main memory until ``onload``.
-    """
-
-    learner: LearnerConfig
-    loss: LossConfig
-    temperature: float = 1.0
-    dtype: torch.dtype = torch.float32
-    seed: int = 0
-    head_dtype: Literal["model", "float32"] = "model"
-    begin_offloaded: bool = False
 
 
 class TorchBackend:
@@ -98,9 +79,8 @@ class TorchBackend:
         home = _HOST if settings.begin_offloaded or group is not None else self._device
         self._model = model.to(device=home, dtype=torch.float32)
         self._model.eval()  # dropout would falsify log-probs; gradients flow all the same
-        self._packing = choose_packing(
-            self._model, settings.learner.packing, self._device, settings.dtype
-        )
+        layout, kernel = settings.learner.packing, settings.learner.attention_kernel
+        self._packing = choose_packing(self._model, layout, self._device, settings.dtype, kernel)
         self._terms = ExtraTerms(
             self._model, settings.loss, self._prepare, settings.dtype, settings.learner
         )
@@ -108,19 +88,12 @@ class TorchBackend:
         if settings.loss.routing_replay:
             require_routers(self._model)
         freeze_routers(self._model, settings.learner.freeze_router)
-        self._scores: TokenScores | ShardedScores = TokenScores(
-            self._model,
-            settings.dtype,
-            settings.learner.logprob_chunk_tokens,
-            compiled=settings.learner.compile,
-        )
-        if group is not None:  # after the probe of the head, which runs on the whole model
-            self._scores = shard(self._model, self._scores, group)
-            self._terms.move(self._device)
-        self._params = [each for each in self._model.parameters() if each.requires_grad]
-        self._optimizer = make_optimizer(
-            self._params, settings.learner, fused=self._device.type == "cuda"
-        )
+        self._vocab = int(self._model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+        self._backward: Callable[[Tensor, bool], None] = backward
+        chunk, compiled = settings.learner.logprob_chunk_tokens, settings.learner.compile
+        # Their probe of the head runs on the whole model.
+        scores = TokenScores(self._model, settings.dtype, chunk, compiled=compiled)
+        self._scores: Scores = self._distribute(scores, group)
         self._updates = 0
         self._saver = TensorSaver(None if group is None else group.saving)
         self._mismatch: MismatchWeights = make_mismatch(
@@ -138,7 +111,21 @@ class TorchBackend:
             self._mismatch,
             settings.loss,
             self._ranks.size,
+            self._backward,
         )
+
+    def _distribute(self, scores: TokenScores, group: RankGroup | None) -> Scores:
+        """Shard the prepared model over the ranks, if there are several; make its optimizer.
+        Returns what scores it from then on."""
+        found: Scores = scores
+        if group is not None:
+            found = shard(self._model, scores, group)
+            self._terms.move(self._device)
+        self._params = [each for each in self._model.parameters() if each.requires_grad]
+        self._optimizer = make_optimizer(
+            self._params, self._settings.learner, fused=self._device.type == "cuda"
+        )
+        return found
 
     def _prepare(self, model: nn.Module) -> None:
         """Let the forwards of a loaded model be those of the settings."""
@@ -149,6 +136,8 @@ class TorchBackend:
         prepare_layers(
             model, checkpointing=learner.activation_checkpointing, compiled=learner.compile
         )
+        if learner.residual_dtype == "model":
+            use_residual_dtype(model, self._settings.dtype)
         if self._settings.head_dtype == "float32" and self._settings.dtype != torch.float32:
             use_float32_head(model, self._settings.dtype)
 
@@ -180,29 +169,28 @@ class TorchBackend:
             normalizer=loss.normalizer,
             routing=loss.routing_replay,
             packing=self._packing,
+            ranks=self._ranks.size,
         )
         own, real = self._ranks.share(whole)
-        micro_batches = [micro.to(self._device) for micro in own]
         timer = StepTimer(self._device)
-        proximal: list[Tensor] | None = None
-        if learner.updates_per_batch > 1:
-            with torch.no_grad(), timer.part("forward"):
-                proximal = self._proximal(micro_batches)
-        temperature = self._settings.temperature
-        fixed = self._terms.prepare_batch(micro_batches, temperature, self._ranks, real)
-        results = [
-            self._update(micro_batches, proximal, fixed, timer, real)
-            for _ in range(learner.updates_per_batch)
-        ]
-        first, last = results[0], results[-1]
-        return StepResult(
-            first.loss,
-            first.grad_norm,
-            last.lr,
-            len(results),
-            last.tokens,
-            first.terms,
-            timer.seconds(),
+        with memory_explained(learner, own):
+            micro_batches = [micro.to(self._device) for micro in own]
+            proximal: list[Tensor] | None = None
+            if learner.updates_per_batch > 1:
+                with torch.no_grad(), timer.part("forward"):
+                    proximal = self._proximal(micro_batches)
+            temperature = self._settings.temperature
+            fixed = self._terms.prepare_batch(micro_batches, temperature, self._ranks, real)
+            results = [
+                self._update(micro_batches, proximal, fixed, timer, real)
+                for _ in range(learner.updates_per_batch)
+            ]
+        return replace(
+            results[0],
+            lr=results[-1].lr,
+            updates=len(results),
+            tokens=results[-1].tokens,
+            seconds=timer.seconds(),
         )
 
     def _proximal(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
@@ -221,24 +209,28 @@ class TorchBackend:
         timer: StepTimer,
         real: Sequence[bool] | None = None,
     ) -> StepResult:
-        self._optimizer.zero_grad(set_to_none=True)
+        self._begin_update()
         terms = TermTotals(lambda: torch.zeros((), dtype=torch.float64, device=self._device))
         # Nothing in this loop waits for the device: what is to be read of it is read after it.
         done = [
             self._accumulation.add(
-                micro, None if proximal is None else proximal[index], fixed[index], terms, timer
+                micro,
+                None if proximal is None else proximal[index],
+                fixed[index],
+                terms,
+                timer,
+                is_last=index == len(micro_batches) - 1,
             )
             for index, micro in enumerate(micro_batches)
         ]
-        self._require_finite(micro_batches, [one.policy for one in done])
+        try:
+            self._require_finite(micro_batches, [one.policy for one in done])
+        except NonFiniteLogprobError:
+            self._drop_gradients()
+            raise
         with timer.part("optimizer"):
-            grad_norm = self._clip_gradients()
             lr = self._next_lr()
-            for group in self._optimizer.param_groups:
-                group["lr"] = lr
-            crashpoints.reach("stepping", self._updates)
-            self._optimizer.step()
-            self._optimizer.zero_grad(set_to_none=True)
+            grad_norm = self._step(lr) if done else 0.0
         self._updates += 1
         own = [float(sum(one.loss.double() for one in done)), *map(float, terms.values())]
         total, *sums = self._ranks.sum(own)
@@ -256,11 +248,26 @@ class TorchBackend:
         if finite and not bool(torch.stack(finite).all()):
             found = map(MicroBatch.nonfinite, micro_batches, logprobs, repeat("the train engine"))
             problem = next(one for one in found if one is not None)
-        try:
-            self._ranks.agree(problem)
-        except NonFiniteLogprobError:
-            self._optimizer.zero_grad(set_to_none=True)
-            raise
+        self._ranks.agree(problem)
+
+    def _step(self, lr: float) -> float:
+        """Step with the gradients that were added up; returns their norm before clipping.
+
+        Raises ``TrainingError`` where it is not finite: then nothing is changed.
+        """
+        norm = self._clip_gradients()
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        crashpoints.reach("stepping", self._updates)
+        self._optimizer.step()
+        self._drop_gradients()
+        return norm
+
+    def _begin_update(self) -> None:
+        self._drop_gradients()  # those of an update that broke off
+
+    def _drop_gradients(self) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
 
     def _next_lr(self) -> float:
         learner = self._settings.learner
@@ -277,11 +284,8 @@ class TorchBackend:
         whole = nn.utils.clip_grad_norm_(self._params, self._settings.learner.grad_clip)
         norm = float(whole.full_tensor() if isinstance(whole, DTensor) else whole)
         if not np.isfinite(norm):
-            self._optimizer.zero_grad(set_to_none=True)
-            raise TrainingError(
-                f"gradient norm is {norm}: the step was not made. Lower learner.lr, or look for a "
-                "damaged model with `ringasync audit` and the last checkpoint"
-            )
+            self._drop_gradients()
+            raise no_step(norm)
         return norm
 
     def logprobs(
@@ -320,8 +324,7 @@ class TorchBackend:
     def sample(self, num_sequences: int, num_tokens: int, seed: int) -> list[ScoredSequence]:
         """See ``Backend.sample``: a random first token, then the policy's own at T = 1."""
         generator = torch.Generator(device="cpu").manual_seed(seed)
-        vocab = int(self._model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
-        ids = torch.randint(0, vocab, (num_sequences, 1), generator=generator)
+        ids = torch.randint(0, self._vocab, (num_sequences, 1), generator=generator)
         rows = torch.arange(num_sequences, device=self._device)
         for length in range(1, num_tokens + 1):
             columns = torch.full_like(rows, length - 1)
@@ -385,7 +388,7 @@ class TorchBackend:
 
 
 def _score_trained(
-    scores: TokenScores | ShardedScores, settings: TorchSettings, micro: MicroBatch
+    scores: Scores, settings: TorchSettings, micro: MicroBatch
 ) -> tuple[Tensor, Tensor]:
     """Log-probs fp32 [N] (with gradient when enabled) and entropy [N] of the trained tokens."""
     return scores.score(

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from learner.backends.zero_params import whole_shape
 from ringasync.config.schema import LearnerConfig
 from ringasync.errors import CheckpointError
 
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 def export_state(
@@ -28,8 +29,15 @@ def export_state(
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             state[f"optim.{name}.{key}"] = torch.as_tensor(value).detach()
-    state["train.updates"] = torch.tensor(updates, dtype=torch.int64)
-    state["rng.torch"] = torch.get_rng_state()
+    return state | rest_of_state(updates, device)
+
+
+def rest_of_state(updates: int, device: torch.device) -> dict[str, Tensor]:
+    """``train.updates`` and ``rng.*``."""
+    state = {
+        "train.updates": torch.tensor(updates, dtype=torch.int64),
+        "rng.torch": torch.get_rng_state(),
+    }
     if device.type == "cuda":
         state["rng.cuda"] = torch.cuda.get_rng_state(device)
     return state
@@ -50,6 +58,11 @@ def import_state(
         for name, tensor in tensors.items():
             tensor.copy_(state[f"model.{name}"])
     _import_moments(model, optimizer, state)
+    return import_rest(state, device)
+
+
+def import_rest(state: Mapping[str, Tensor], device: torch.device) -> int:
+    """Restore ``rest_of_state``; returns the updates done."""
     if "rng.torch" in state:
         torch.set_rng_state(state["rng.torch"])
     if "rng.cuda" in state and device.type == "cuda":
@@ -90,7 +103,7 @@ def make_optimizer(
 
 
 def _beside_parameters(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
-    return _MOMENTS if optimizer.defaults.get("fused") else _MOMENTS[1:]
+    return MOMENTS if optimizer.defaults.get("fused") else MOMENTS[1:]
 
 
 def check_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -104,10 +117,11 @@ def check_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tens
         odd = sorted(saved.keys() ^ tensors.keys())[:3]
         raise CheckpointError(f"the checkpoint is of another model: tensors {odd} do not match")
     for name, tensor in tensors.items():
-        if saved[name].shape != tensor.shape:
+        shape = whole_shape(tensor)
+        if saved[name].shape != shape:
             raise CheckpointError(
                 f"the checkpoint is of another model: {name} has shape "
-                f"{tuple(saved[name].shape)}, the model {tuple(tensor.shape)}"
+                f"{tuple(saved[name].shape)}, the model {tuple(shape)}"
             )
     if "train.updates" not in state:
         raise CheckpointError("the checkpoint does not say how many updates were made")
@@ -121,7 +135,7 @@ def _import_moments(
         optimizer.state.pop(parameter, None)
         moments = {
             key: state[f"optim.{name}.{key}"].clone()
-            for key in _MOMENTS
+            for key in MOMENTS
             if f"optim.{name}.{key}" in state
         }
         if moments:

@@ -24,14 +24,18 @@ USER_PREFIX = "ring-"
 MIN_PASSWORD_CHARS = 16
 """Redis keeps an unsalted SHA-256: only long random passwords stand behind it."""
 
-_BASE = ("info", "ping", "select", "evalsha", "script|load")
-"""What the client needs before its first script. It does without `CLIENT SETINFO` (7.2)."""
+_BASE = ("info", "ping", "select", "evalsha", "script|load", "cluster|slots")
+"""What the client needs before its first script, in a cluster as well.
+
+It does without `CLIENT SETINFO` (7.2).
+"""
 
 _SESSION = ("open_session", "heartbeat", "close_session")
 _LOCK = ("acquire_lock", "renew_lock", "release_lock")
 _ROLLOUTS = ("take", "append_many", "finish_many", "park_many", "quarantine_many", "bad_version")
 _GRADING = ("take_grading", "grade_many", "quarantine_many")
-_FEEDING = ("feed", "end_group", "purge", "reap", "open_round", "close_round", "round_to_training")
+_ROUNDS = ("open_round", "close_round", "round_to_training")
+_FEEDING = ("feed", "end_feeding", "end_group", "purge", "reap", *_ROUNDS)
 
 Reads = Mapping[str, str]
 """Command -> names of keys, separated by spaces."""
@@ -53,6 +57,8 @@ _LOOK: Reads = {
     "xrange": "metrics outcomes",
 }
 """What `top`, `audit`, `inspect` and the reports of a stall read."""
+_MEMBERS: Reads = {"smembers": "live", "hmget": "group: rollout:"}
+"""Groups with their rollouts, for `ui` and the watch for groups that cannot complete."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +85,7 @@ ROLES: Mapping[str, RoleAccess] = {
             *(*_SESSION, *_LOCK, *_FEEDING, "create_run", "begin_incarnation", "set_meta"),
             *("set_pin", "trim_stream", "audit", "backlog", "clock"),
         ),
-        reads=(_LOOK,),
+        reads=(_LOOK, _MEMBERS, {"lrange": "ended"}),
     ),
     "worker": RoleAccess(
         scripts=(*_SESSION, *_ROLLOUTS, *_GRADING, "push_metrics", "clock"),
@@ -108,7 +114,7 @@ ROLES: Mapping[str, RoleAccess] = {
     ),
     "operator": RoleAccess(
         scripts=("create_run", "set_meta", "audit", "backlog", "clock"),
-        reads=(_LOOK, {"smembers": "live"}),
+        reads=(_LOOK, _MEMBERS),
         writes={"scan": "", "unlink": "*", "del": "ends"},
     ),
 }

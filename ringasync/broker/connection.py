@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import ssl
 import time
-from collections.abc import Awaitable, Callable
-from pathlib import Path
-from typing import Any, TypeVar
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final, TypeVar
+from urllib.parse import urlsplit, urlunsplit
 
 import redis.asyncio as aredis
 import structlog
 from redis.asyncio.retry import Retry
-from redis.backoff import ExponentialBackoff
+from redis.backoff import ExponentialBackoff, NoBackoff
 from redis.exceptions import (
     AuthenticationError,
     AuthorizationError,
@@ -26,22 +25,37 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from ringasync.broker.address import (
+    check_address,
+    is_loopback,
+    is_loopback_ip,
+    redacted,
+    require_password,
+    uses_tls,
+)
+from ringasync.broker.primaries import SENTINEL_VARIABLE, primary_client
 from ringasync.errors import BrokerRefusedError, BrokerUnreachableError
 
 log = structlog.get_logger(__name__)
 
 MIN_VERSION = (6, 2)
-_SAY_EVERY_S = 5.0
+SAY_EVERY_S = 5.0
 """A role that waits for Redis says so at once and then this often."""
 _RETRIED = (RedisConnectionError, RedisTimeoutError, BusyLoadingError, ReadOnlyError, OSError)
+NO_LOG: Final = "MISCONF"
+"""How Redis names its refusal to write while its log or snapshot cannot be written. 6.2 refuses a
+PING too, which redis-py sends before the first command of a connection."""
 _T = TypeVar("_T")
 
 
 class SpokenRetry(Retry):
     """redis-py's retry with a time budget instead of a count, and with a voice.
 
-    Every command may be repeated: the broker's scripts answer a repeat as they did the first.
-    Wrong passwords are not retried.
+    Every command may be repeated: the broker's scripts answer a repeat as they did the first. A
+    Redis whose disk is full is waited for like one that does not answer.
+    Wrong passwords are not retried. A try counts for half the budget at most, so that a process
+    that stood still (SIGSTOP, a paused machine) in the middle of one does not take that for
+    Redis's silence: it asks again.
     """
 
     def __init__(self, budget_s: float, where: str) -> None:
@@ -56,11 +70,14 @@ class SpokenRetry(Retry):
         with_failure_count: bool = False,
     ) -> _T:
         """Run ``do`` until it answers or the budget is spent; then raise its last error."""
-        began, said, failures = time.monotonic(), 0.0, 0
+        counted_s, waited_s, said, failures = time.monotonic(), 0.0, 0.0, 0
         while True:
             try:
                 return await do()
-            except _RETRIED as error:
+            except (*_RETRIED, ResponseError) as error:
+                no_log = NO_LOG in str(error)
+                if not no_log and not isinstance(error, _RETRIED):
+                    raise
                 if isinstance(error, (AuthenticationError, AuthorizationError)) or (
                     is_retryable and not is_retryable(error)
                 ):
@@ -72,13 +89,16 @@ class SpokenRetry(Retry):
                     ) from error
                 failures += 1
                 await (fail(error, failures) if with_failure_count else fail(error))
-                waited_s = time.monotonic() - began
+                now_s = time.monotonic()
+                waited_s += min(now_s - counted_s, self._budget_s / 2)
+                counted_s = now_s
                 if waited_s >= self._budget_s:
                     raise
-                if failures == 1 or waited_s - said >= _SAY_EVERY_S:
+                if failures == 1 or waited_s - said >= SAY_EVERY_S:
                     said = waited_s
+                    what = "cannot write to its disk" if no_log else "does not answer"
                     log.warning(
-                        "redis does not answer, retrying",
+                        f"redis {what}, retrying",
                         redis=self._where,
                         waited_s=round(waited_s, 1),
                         budget_s=self._budget_s,
@@ -87,93 +107,13 @@ class SpokenRetry(Retry):
                 await asyncio.sleep(self._backoff.compute(min(failures, 16)))
 
 
-def redacted(url: str) -> str:
-    """The URL without its password, for logs and errors."""
-    parts = urlsplit(url)
-    if parts.password is None:
-        return url
-    return url.replace(f":{parts.password}@", ":***@")
-
-
-def is_loopback(url: str) -> bool:
-    """Whether only processes of this machine can reach the address."""
-    parts = urlsplit(url)
-    if parts.scheme == "unix":
-        return True
-    host = parts.hostname or "localhost"
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def require_password(url: str, password: str | None, setting: str, variable: str) -> None:
-    """Raise ``BrokerRefusedError`` for an address beyond this machine without a password."""
-    parts = urlsplit(url)
-    if not is_loopback(url) and not password and not parts.password:
-        raise BrokerRefusedError(
-            f"Redis at {redacted(url)} ({setting}) is reachable from other machines and no "
-            f"password is given: set {variable} (and `requirepass` or ACL users on the server)"
-        )
-
-
-_TLS_FILES = {
-    "ssl_ca_certs": "tls_ca_file",
-    "ssl_certfile": "tls_cert_file",
-    "ssl_keyfile": "tls_key_file",
-}
-"""redis-py's options in an address -> our settings."""
-
-
-def with_tls(url: str, ca_file: str, cert_file: str, key_file: str) -> str:
-    """The address with the TLS files of the settings in it, so that roles and tools share them.
-
-    Raises ``BrokerRefusedError`` when there are such files and the address is not ``rediss://``.
-    """
-    values = zip(_TLS_FILES, (ca_file, cert_file, key_file), strict=True)
-    given = {option: value for option, value in values if value}
-    if not given:
-        return url
-    parts = urlsplit(url)
-    if parts.scheme != "rediss":
-        raise BrokerRefusedError(
-            f"redis.{_TLS_FILES[next(iter(given))]} is set, but {redacted(url)!r} does not use "
-            "TLS: write rediss://HOST:PORT/0"
-        )
-    query = urlencode(dict(parse_qsl(parts.query)) | given)
-    return urlunsplit(parts._replace(query=query))
-
-
-def _check_address(url: str) -> None:
-    where = redacted(url)
-    try:
-        parts = urlsplit(url)
-        _ = parts.port
-    except ValueError as error:
-        raise BrokerRefusedError(f"redis.url {where!r} is not a Redis address: {error}") from error
-    if parts.scheme not in ("redis", "rediss", "unix"):
-        raise BrokerRefusedError(
-            f"redis.url {where!r} must begin with redis://, rediss:// or unix://"
-        )
-    for option, value in parse_qsl(parts.query):
-        if option in _TLS_FILES and not Path(value).is_file():
-            raise BrokerRefusedError(
-                f"redis.{_TLS_FILES[option]} = {value!r} is no file on this machine"
-            )
-        if option.startswith("ssl_") and option not in _TLS_FILES:
-            raise BrokerRefusedError(
-                f"redis.url {where!r} sets {option}, which could switch the check of the server's "
-                f"certificate off: only {', '.join(_TLS_FILES)} are allowed"
-            )
-
-
 async def open_client(
     url: str,
+    run: str,
     *,
     username: str | None = None,
     password: str | None = None,
+    sentinel_password: str | None = None,
     connect_timeout_s: float = 5.0,
     retry_budget_s: float = 60.0,
 ) -> aredis.Redis:
@@ -184,24 +124,96 @@ async def open_client(
     a server that others can reach without a password.
     """
     where = redacted(url)
-    _check_address(url)
+    spread = check_address(url)
     require_password(url, password, "redis.url", "RINGASYNC_REDIS_PASSWORD")
+    options: dict[str, Any] = {
+        "socket_connect_timeout": connect_timeout_s,
+        "socket_timeout": max(15.0, connect_timeout_s),
+    }
     given = {"username": username, "password": password}
-    client: aredis.Redis = aredis.from_url(
-        url,
-        socket_connect_timeout=connect_timeout_s,
-        socket_timeout=max(15.0, connect_timeout_s),
-        retry=SpokenRetry(retry_budget_s, where),
-        health_check_interval=30,
-        **{name: value for name, value in given.items() if value},
+    login = {name: value for name, value in given.items() if value}
+    lasting = options | {
+        "retry": SpokenRetry(retry_budget_s, where),
+        "health_check_interval": 30,
+    }
+    if spread is None:
+        client: aredis.Redis = aredis.from_url(url, **lasting, **login)
+        return await _fit(client, _judge(client, url, password))
+
+    async def vet(plain: str) -> None:
+        async with aredis.from_url(plain, **options, **login, retry=Retry(NoBackoff(), 0)) as one:
+            await _vet(one, plain, password)
+
+    for node in spread.seeds if spread.kind == "sentinel" else ():
+        await _check_sentinel(spread.sentinel_url_of(node), sentinel_password)
+    client = primary_client(
+        spread,
+        run,
+        vet,
+        username=username,
+        password=password,
+        sentinel_password=sentinel_password,
+        **lasting | {"connect_timeout_s": connect_timeout_s},
     )
+    return await _fit(client, _first_answer(client, where, retry_budget_s))
+
+
+async def _fit(client: aredis.Redis, judgement: Awaitable[None]) -> aredis.Redis:
     try:
-        await _check(client, where)
-        await _check_exposure(client, url, password or urlsplit(url).password)
+        await judgement
     except BaseException:
         await client.aclose()
         raise
     return client
+
+
+async def _judge(client: aredis.Redis, url: str, password: str | None) -> None:
+    await _check(client, redacted(url))
+    await _check_exposure(client, url, password or urlsplit(url).password)
+
+
+async def _vet(one: aredis.Redis, plain: str, password: str | None) -> None:
+    """Judge a server that Sentinels or a cluster named; what may pass is an outage."""
+    if (await one.info("replication")).get("role") != "master":
+        raise RedisConnectionError(f"{redacted(plain)} is not the primary yet")
+    try:
+        await _judge(one, plain, password)
+    except BrokerUnreachableError as error:
+        raise RedisConnectionError(str(error)) from error
+
+
+async def _first_answer(client: aredis.Redis, where: str, budget_s: float) -> None:
+    with _explained(where, budget_s):
+        await client.ping()
+
+
+@contextmanager
+def _explained(where: str, budget_s: float) -> Iterator[None]:
+    """Within it redis-py's errors are ours, with the remedy."""
+    try:
+        yield
+    except (AuthenticationError, AuthorizationError) as error:
+        raise _wrong_password(where, error) from error
+    except (RedisConnectionError, RedisTimeoutError, OSError) as error:
+        raise unreachable(where, budget_s, error) from error
+    except RedisError as error:
+        raise BrokerRefusedError(f"Redis at {where} cannot be used: {error}") from error
+
+
+async def _check_sentinel(url: str, password: str | None) -> None:
+    """Whoever commands a Sentinel can send all roles to a Redis of his own."""
+    if not is_loopback(url) and not password:
+        raise BrokerRefusedError(
+            f"the Sentinel at {url} is reachable from other machines and no password is given: "
+            f"set {SENTINEL_VARIABLE} (and `requirepass` on the Sentinels)"
+        )
+    if not is_loopback(url):
+        async with aredis.from_url(url, socket_connect_timeout=5, socket_timeout=5) as stranger:
+            try:
+                await stranger.ping()
+            except (RedisError, OSError):
+                return  # as it should be, or away: the others will do
+        raise _open_to_all(url, "this Sentinel answers without a password")
 
 
 async def _check_exposure(client: aredis.Redis, url: str, password: str | None) -> None:
@@ -230,7 +242,7 @@ async def _check_open(stranger: aredis.Redis, url: str) -> None:
             found |= await stranger.config_get(name)
     except RedisError:
         return  # a managed server that hides its settings
-    beyond = [a for a in (found.get("bind") or "").split() if not _is_loopback_bind(a)]
+    beyond = [a for a in (found.get("bind") or "").split() if not is_loopback_ip(a.lstrip("-"))]
     if found.get("protected-mode") == "no" and (beyond or not found.get("bind")):
         interfaces = " ".join(beyond) or "all interfaces"
         raise _open_to_all(redacted(url), f"bind {interfaces}, protected-mode no, no password")
@@ -242,13 +254,6 @@ def _open_to_all(where: str, why: str) -> BrokerRefusedError:
         "`requirepass` or ACL users (`ringasync acl`) there and RINGASYNC_REDIS_PASSWORD here, or "
         "`bind 127.0.0.1`"
     )
-
-
-def _is_loopback_bind(address: str) -> bool:
-    try:
-        return ipaddress.ip_address(address.lstrip("-")).is_loopback
-    except ValueError:
-        return False
 
 
 def _tls_refusal(error: BaseException | None) -> ssl.SSLError | None:
@@ -264,7 +269,7 @@ def _tls_refusal(error: BaseException | None) -> ssl.SSLError | None:
 def unreachable(where: str, budget_s: float, error: Exception) -> BrokerUnreachableError:
     """The error a role ends with when Redis stayed silent, with the remedy."""
     # Under TLS 1.3 a server that misses our certificate just hangs up after the handshake.
-    unknown = urlsplit(where).scheme == "rediss" and "ssl_certfile" not in where
+    unknown = uses_tls(where) and "ssl_certfile" not in where
     ours = "; if it asks clients for a certificate, set redis.tls_cert_file and redis.tls_key_file"
     return BrokerUnreachableError(
         f"Redis at {where} did not answer for {budget_s:g} s "
@@ -277,21 +282,16 @@ def unreachable(where: str, budget_s: float, error: Exception) -> BrokerUnreacha
 async def _check(client: aredis.Redis, where: str) -> None:
     retry = client.get_retry()
     budget_s = retry._budget_s if isinstance(retry, SpokenRetry) else 0.0
-    try:
-        info: dict[str, Any] = await client.info("server")
-        memory: dict[str, Any] = await client.info("memory")
-        persistence: dict[str, Any] = await client.info("persistence")
-        replication: dict[str, Any] = await client.info("replication")
-    except (AuthenticationError, AuthorizationError) as error:
-        raise _wrong_password(where, error) from error
-    except ResponseError as error:
-        if "AUTH" in str(error).upper() or "password" in str(error):
-            raise _wrong_password(where, error) from error
-        raise BrokerRefusedError(f"Redis at {where} refused INFO: {error}") from error
-    except (RedisConnectionError, RedisTimeoutError, OSError) as error:
-        raise unreachable(where, budget_s, error) from error
-    except RedisError as error:
-        raise BrokerRefusedError(f"Redis at {where} cannot be used: {error}") from error
+    with _explained(where, budget_s):
+        try:
+            info: dict[str, Any] = await client.info("server")
+            memory: dict[str, Any] = await client.info("memory")
+            persistence: dict[str, Any] = await client.info("persistence")
+            replication: dict[str, Any] = await client.info("replication")
+        except ResponseError as error:
+            if "AUTH" in str(error).upper() or "password" in str(error):
+                raise _wrong_password(where, error) from error
+            raise BrokerRefusedError(f"Redis at {where} refused INFO: {error}") from error
     check_server(where, info, memory, replication)
     if not persistence.get("aof_enabled"):
         log.warning(

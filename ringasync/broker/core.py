@@ -6,17 +6,20 @@ import asyncio
 import hashlib
 import json
 import secrets
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Final, NoReturn, Self, cast
+from typing import Any, Final, NoReturn, Self, TypeVar, cast
 
 import redis.asyncio as aredis
+import structlog
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoPermissionError, NoScriptError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from ringasync.broker import connection
+from ringasync.broker.address import redacted
 from ringasync.broker.keys import Keys
 from ringasync.broker.types import Fence
 from ringasync.errors import (
@@ -27,6 +30,7 @@ from ringasync.errors import (
     JoinRefusedError,
     LockHeldError,
     RingError,
+    SchemaError,
     SessionLostError,
     WeightError,
 )
@@ -34,7 +38,12 @@ from ringasync.errors import (
 SCRIPTS_DIR: Final = Path(__file__).with_name("scripts")
 _REFUSED_BY_ACL = ("NOPERM", "user executing the script", "ACL failure in script")
 """What Redis says to a command outside of the user's rights: itself, inside a script 6.2, 7."""
+_LOADS = 5
 Arg = str | bytes | int
+T = TypeVar("T")
+_NO_LOG_PAUSE_S: Final = 0.5
+
+log = structlog.get_logger(__name__)
 
 
 @cache
@@ -71,7 +80,7 @@ class BrokerCore:
         self, client: aredis.Redis, run: str, url: str, budget_s: float, simulated_clock: bool
     ) -> None:
         self._client = client
-        self._where = connection.redacted(url)
+        self._where = redacted(url)
         self._budget_s = budget_s
         self._simulated = simulated_clock
         self._seed = ""
@@ -88,6 +97,7 @@ class BrokerCore:
         *,
         username: str | None = None,
         password: str | None = None,
+        sentinel_password: str | None = None,
         connect_timeout_s: float = 5.0,
         retry_budget_s: float = 60.0,
         simulated_clock: bool = False,
@@ -96,8 +106,10 @@ class BrokerCore:
         Keys(run)
         client = await connection.open_client(
             url,
+            run,
             username=username,
             password=password,
+            sentinel_password=sentinel_password,
             connect_timeout_s=connect_timeout_s,
             retry_budget_s=retry_budget_s,
         )
@@ -113,21 +125,38 @@ class BrokerCore:
         return self._client
 
     async def _script(self, name: str, *args: Arg) -> Any:
-        """Run one script atomically and raise its refusal, if any."""
+        """Run one script atomically and raise its refusal, if any.
+
+        A Redis that cannot write its log (a full disk) refuses a script's first write, so nothing
+        has changed: it is tried again within the retry budget, as one that does not answer is.
+        """
+        began_s, said_s = time.monotonic(), float("-inf")
+        while True:
+            try:
+                return await self._script_once(name, *args)
+            except BrokerRefusedError as error:
+                now_s = time.monotonic()
+                if connection.NO_LOG not in str(error) or now_s - began_s >= self._budget_s:
+                    raise
+                if now_s - said_s >= connection.SAY_EVERY_S:
+                    said_s = now_s
+                    log.warning(
+                        "redis cannot write to its disk, retrying",
+                        waited_s=round(now_s - began_s, 1),
+                        budget_s=self._budget_s,
+                        error=str(error),
+                    )
+                await asyncio.sleep(_NO_LOG_PAUSE_S)
+
+    async def _script_once(self, name: str, *args: Arg) -> Any:
         digest = _digest(name, self._simulated)
         call: list[Any] = ["EVALSHA", digest, 1, self.keys.prefix, *args]
         try:
-            try:
-                reply = await self._execute(*call)
-            except NoScriptError:
-                await self._client.script_load(
-                    cast(str, script_source(name, self._simulated))  # bytes are taken as they are
-                )
-                reply = await self._execute(*call)
+            reply = await self._loaded(name, call)
         except (RedisConnectionError, RedisTimeoutError, OSError) as error:
             raise connection.unreachable(self._where, self._budget_s, error) from error
         except ResponseError as error:
-            if "MISCONF" in str(error):
+            if connection.NO_LOG in str(error):
                 raise self._read_only(name, str(error)) from error
             if any(said in str(error) for said in _REFUSED_BY_ACL):
                 raise self._not_allowed(name, error) from error
@@ -136,6 +165,20 @@ class BrokerCore:
         if isinstance(first, bytes) and first.startswith(b"!"):
             self._refuse(name, [text(part) for part in reply])
         return reply
+
+    async def _loaded(self, name: str, call: Sequence[Any]) -> Any:
+        """Run a script, and load it where it is not known.
+
+        That may be twice: the server that it was loaded into may be another one a moment later.
+        """
+        for _ in range(_LOADS):
+            try:
+                return await self._execute(*call)
+            except NoScriptError:
+                await self._client.script_load(
+                    cast(str, script_source(name, self._simulated))  # bytes are taken as they are
+                )
+        return await self._execute(*call)
 
     def _refuse(self, script: str, reply: Sequence[str]) -> NoReturn:
         code, rest = reply[0], list(reply[1:])
@@ -236,6 +279,15 @@ def fence_args(fence: Fence) -> tuple[str, str]:
 def new_nonce() -> str:
     """Eight random bytes: makes lease tokens unique even after Redis lost its tail."""
     return secrets.token_hex(8)
+
+
+def read_or_why(read: Callable[[bytes], T], raw: bytes) -> tuple[T | None, str]:
+    """What a decoder makes of a field, or None and why it cannot: one group that somebody
+    wrote over must not take down whoever reads it together with others."""
+    try:
+        return read(raw), ""
+    except SchemaError as error:
+        return None, str(error)
 
 
 def compact(value: Any) -> str:

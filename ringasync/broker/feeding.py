@@ -60,6 +60,11 @@ class FeedingMixin(BrokerCore):
         )
         return int(reply)
 
+    async def end_feeding(self, fence: Fence, cursor: str) -> bool:
+        """Phase ``finishing``: all data are fed, up to ``cursor``. False, with nothing changed,
+        when the stored cursor is another: Redis lost its tail since."""
+        return bool(await self._script("end_feeding", *fence_args(fence), cursor))
+
     async def data_cursor(self) -> str:
         """The data position that the last feeding script stored; empty at first."""
         return text(await self._read(self._client.hget(self.keys.meta, "cursor")) or b"")

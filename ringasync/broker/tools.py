@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ringasync.broker.core import BrokerCore, pairs, text
-from ringasync.broker.types import AuditReport, GroupView, RolloutView
+from ringasync.broker.types import AuditReport, GroupView, RolloutLife, RolloutView
 from ringasync.records.states import LIVE_ACCOUNTS, Account
+
+_PROGRESS_FIELDS = ("state", "worker", "length", "attempts", "grade_attempts")
 
 
 class ToolsMixin(BrokerCore):
@@ -69,6 +71,20 @@ class ToolsMixin(BrokerCore):
         """A group's fields; None when unknown."""
         return await self._hash(self.keys.group(group_id)) or None
 
+    async def open_groups(self, oldest: int) -> dict[str, dict[str, dict[str, str]]]:
+        """Of the ``oldest`` live training groups, those still open: group -> rollout -> fields.
+
+        Fields: ``state``, ``worker``, ``length``, ``attempts``, ``grade_attempts``.
+        """
+        ids = sorted(await self.live_groups())[:oldest]
+        found = await self._with_members(
+            ids,
+            ("state", "kind"),
+            _PROGRESS_FIELDS,
+            lambda group: (group["state"], group["kind"]) == ("open", "train"),
+        )
+        return {group_id: rollouts for group_id, (_, rollouts) in found.items() if rollouts}
+
     async def live_groups(self) -> list[str]:
         """Ids of all groups that are neither trained nor ended otherwise, in no order."""
         return [text(raw) for raw in await self._read(self._client.smembers(self.keys.live))]
@@ -78,46 +94,84 @@ class ToolsMixin(BrokerCore):
 
         Two round trips, however many they are.
         """
-        found = [
-            (group_id, fields)
-            for group_id, raw in zip(
-                group_ids,
-                await self._many([self.keys.group(group_id) for group_id in group_ids]),
-                strict=True,
-            )
-            if (fields := pairs(raw))
-        ]
-        ids = [
-            f"{group_id}.{index}"
-            for group_id, fields in found
-            for index in fields.get("members", "").split(",")
-            if index
-        ]
-        rollouts: dict[str, list[RolloutView]] = {}
-        replies = await self._many([self.keys.rollout(rollout_id) for rollout_id in ids])
-        for rollout_id, raw in zip(ids, replies, strict=True):
-            row = pairs(raw)
-            view = RolloutView(rollout_id, row.get("state", "gone"), int(row.get("tokens") or 0))
-            rollouts.setdefault(rollout_id.rpartition(".")[0], []).append(view)
+        found = await self._with_members(
+            group_ids, ("state", "domain"), ("state", "tokens"), lambda group: bool(group["state"])
+        )
         return [
             GroupView(
                 group_id,
-                fields.get("state", ""),
-                fields.get("domain", ""),
-                tuple(rollouts.get(group_id, ())),
+                group["state"],
+                group["domain"],
+                tuple(
+                    RolloutView(rollout_id, row["state"] or "gone", int(row["tokens"] or 0))
+                    for rollout_id, row in rollouts.items()
+                ),
             )
-            for group_id, fields in found
+            for group_id, (group, rollouts) in found.items()
         ]
 
-    async def _many(self, keys: Sequence[str]) -> list[Any]:
-        """HGETALL of each key, in one round trip."""
+    async def ended_groups(self) -> list[str]:
+        """Ids of the last groups that ended, however they did, oldest first; 1024 at most."""
+        return [text(raw) for raw in await self._read(self._client.lrange(self.keys.ended, 0, -1))]
+
+    async def lives(self, group_id: str) -> tuple[dict[str, str], list[RolloutLife]]:
+        """A group's fields and the lives of all its rollouts, replaced ones included.
+
+        Two round trips; empty when the group is unknown.
+        """
+        group = await self._hash(self.keys.group(group_id))
+        ids = [f"{group_id}.{index}" for index in range(int(group.get("next_index") or 0))]
+        if not ids:
+            return group, []
+        async with self._client.pipeline(transaction=False) as pipe:
+            for rollout_id in ids:
+                pipe.hgetall(self.keys.rollout(rollout_id))
+                pipe.lrange(self.keys.history(rollout_id), 0, -1)
+            replies: list[Any] = await self._read(pipe.execute())
+        return group, [
+            RolloutLife(rollout_id, pairs(fields), tuple(json.loads(row) for row in rows))
+            for rollout_id, fields, rows in zip(ids, replies[::2], replies[1::2], strict=True)
+            if rows
+        ]
+
+    async def _with_members(
+        self,
+        group_ids: Sequence[str],
+        group_fields: Sequence[str],
+        rollout_fields: Sequence[str],
+        wanted: Callable[[dict[str, str]], bool],
+    ) -> dict[str, tuple[dict[str, str], dict[str, dict[str, str]]]]:
+        """Group -> its fields, and rollout -> fields of its members, of those that are ``wanted``.
+
+        Two round trips, however many they are; a field that is not there is empty.
+        """
+        asked = ("members", *group_fields)
+        groups = await self._named([self.keys.group(one) for one in group_ids], asked)
+        found = {one: group for one, group in zip(group_ids, groups, strict=True) if wanted(group)}
+        ids = [
+            (group_id, f"{group_id}.{index}")
+            for group_id, group in found.items()
+            for index in group["members"].split(",")
+            if index
+        ]
+        rows = await self._named([self.keys.rollout(one) for _, one in ids], rollout_fields)
+        members: dict[str, dict[str, dict[str, str]]] = {group_id: {} for group_id in found}
+        for (group_id, rollout_id), row in zip(ids, rows, strict=True):
+            members[group_id][rollout_id] = row
+        return {group_id: (group, members[group_id]) for group_id, group in found.items()}
+
+    async def _named(self, keys: Sequence[str], fields: Sequence[str]) -> list[dict[str, str]]:
+        """HMGET of each key, in one round trip."""
         if not keys:
             return []
         async with self._client.pipeline(transaction=False) as pipe:
             for key in keys:
-                pipe.hgetall(key)
-            replies: list[Any] = await self._read(pipe.execute())
-        return replies
+                pipe.hmget(key, *fields)
+            replies = await self._read(pipe.execute())
+        return [
+            {name: text(value or b"") for name, value in zip(fields, values, strict=True)}
+            for values in replies
+        ]
 
     async def samples(self, n: int) -> list[dict[str, Any]]:
         """The newest graded responses as text, newest first."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ringasync.broker.core import Arg, BrokerCore, fence_args, text
+from ringasync.broker.core import Arg, BrokerCore, fence_args, read_or_why, text
 from ringasync.broker.types import (
     DeviceClaim,
     Fence,
@@ -17,6 +16,7 @@ from ringasync.broker.types import (
     VersionInfo,
 )
 from ringasync.errors import InvariantError
+from ringasync.records.prompt import read_prompt_ids
 from ringasync.records.versions import staleness_steps
 
 _PAYLOADS_A_CALL = 128
@@ -230,10 +230,12 @@ def _raw_group(row: list[Any], payloads: Mapping[str, tuple[bytes, ...]]) -> Raw
         )
         for rollout_id, reward, finish, retention, _ in row[4:]
     )
+    prompt_ids, unreadable = read_or_why(read_prompt_ids, row[2])
     return RawGroup(
         group_id=text(row[0]),
         domain=text(row[1]),
-        prompt_ids=tuple(json.loads(row[2])),
+        prompt_ids=prompt_ids or (),
         source_index=int(row[3]),
         rollouts=rollouts,
+        unreadable=unreadable,
     )

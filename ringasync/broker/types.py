@@ -44,6 +44,7 @@ class Lease:
     ``segments`` are the encoded list elements so far (empty for a fresh rollout), ``num_tokens``
     their total length, ``token`` the fencing token ``incarnation.epoch.nonce``.
     ``pin_version`` is set for eval rollouts: only this policy version may generate them.
+    ``unreadable`` says why the prompt stored in Redis is none, with ``prompt_ids`` empty then.
     """
 
     rollout_id: str
@@ -58,6 +59,7 @@ class Lease:
     retention: int
     attempts: int
     pin_version: int | None = None
+    unreadable: str = ""
 
 
 AppendStatus = Literal["ok", "duplicate", "fenced", "gone", "gap", "full"]
@@ -84,7 +86,8 @@ MoveStatus = Literal["ok", "duplicate", "fenced", "gone", "full"]
 
 @dataclass(frozen=True, slots=True)
 class GradeJob:
-    """A finished rollout to score. ``token`` fences the verdict."""
+    """A finished rollout to score. ``token`` fences the verdict. ``unreadable`` says why the task
+    stored in Redis is none, with ``task`` empty then."""
 
     rollout_id: str
     group_id: str
@@ -96,6 +99,7 @@ class GradeJob:
     segments: tuple[bytes, ...]
     finish_reason: str
     attempts: int
+    unreadable: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,13 +168,15 @@ class RawRollout:
 
 @dataclass(frozen=True, slots=True)
 class RawGroup:
-    """A reserved group with its rollouts' payloads."""
+    """A reserved group with its rollouts' payloads. ``unreadable`` says why the prompt stored in
+    Redis is none, with ``prompt_ids`` empty then."""
 
     group_id: str
     domain: str
     prompt_ids: tuple[int, ...]
     source_index: int
     rollouts: tuple[RawRollout, ...]
+    unreadable: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,3 +280,12 @@ class GroupView:
     state: str
     domain: str
     rollouts: tuple[RolloutView, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutLife:
+    """What Redis still knows of one rollout: its fields and its transitions, oldest first."""
+
+    id: str
+    fields: dict[str, str]
+    history: tuple[dict[str, Any], ...]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Sequence
 from typing import Any, cast
 
 import msgpack
 
-from ringasync.broker.core import Arg, BrokerCore, new_nonce, text
+from ringasync.broker.core import Arg, BrokerCore, new_nonce, read_or_why, text
 from ringasync.broker.types import (
     AppendItem,
     AppendStatus,
@@ -21,6 +20,7 @@ from ringasync.broker.types import (
     Verdict,
 )
 from ringasync.errors import InvariantError
+from ringasync.records.prompt import read_prompt_ids, read_task
 
 _SAMPLE_CHARS = 8192
 
@@ -178,12 +178,13 @@ def _lease(row: list[Any], run_seed: str) -> Lease:
     rollout_id, token = text(row[0]), text(row[2])
     pin = text(row[10])
     kind = cast(TicketKind, text(row[3]))
+    prompt_ids, unreadable = read_or_why(read_prompt_ids, row[4])
     return Lease(
         rollout_id=rollout_id,
         group_id=text(row[1]),
         token=token,
         kind=kind,
-        prompt_ids=tuple(json.loads(row[4])),
+        prompt_ids=prompt_ids or (),
         segments=tuple(row[6]),
         num_tokens=int(row[7]),
         max_new_tokens=int(row[5]),
@@ -191,6 +192,7 @@ def _lease(row: list[Any], run_seed: str) -> Lease:
         retention=int(row[8]),
         attempts=int(row[9]),
         pin_version=int(pin) if kind == "eval" and pin else None,
+        unreadable=unreadable,
     )
 
 
@@ -201,6 +203,7 @@ def _seed(run_seed: str, rollout_id: str, position: int, attempts: int) -> int:
 
 
 def _job(row: list[Any]) -> GradeJob:
+    task, unreadable = read_or_why(read_task, row[6])
     return GradeJob(
         rollout_id=text(row[0]),
         group_id=text(row[1]),
@@ -208,8 +211,9 @@ def _job(row: list[Any]) -> GradeJob:
         kind=cast(TicketKind, text(row[3])),
         domain=text(row[4]),
         prompt=text(row[5]),
-        task=json.loads(row[6]),
+        task=task or {},
         segments=tuple(row[7]),
         finish_reason=text(row[8]),
         attempts=int(row[9]),
+        unreadable=unreadable,
     )

@@ -33,6 +33,13 @@ ModelOption = Annotated[
         "--model", metavar="PATH", help="Starting model: a folder or a hub name (else model.path)."
     ),
 ]
+WaitOption = Annotated[
+    bool,
+    typer.Option(
+        "--wait",
+        help="Where `starter` is named: wait until `coordinator --prepare` has built it.",
+    ),
+]
 RunOption = Annotated[
     str,
     typer.Option(

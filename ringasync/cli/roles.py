@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ringasync.cli.options import ConfigArgument, ModelOption, RedisUrlOption, SetOption
+from ringasync.cli.options import ConfigArgument, ModelOption, RedisUrlOption, SetOption, WaitOption
 from ringasync.config.load import load_config
 from ringasync.errors import ConfigError
 from ringasync.runtime.role import resolve_redis_url
 from ringasync.runtime.roles import Place, role_command
 from ringasync.runtime.runfiles import read_record
+
+_LOOK_AGAIN_S = 0.5
 
 
 def up(
@@ -72,6 +75,7 @@ def worker(
     overrides: SetOption = None,
     redis_url: RedisUrlOption = "",
     model: ModelOption = "",
+    wait: WaitOption = False,
 ) -> None:
     """Run one more rollout worker; it joins the run, takes the newest weights and generates.
 
@@ -79,7 +83,7 @@ def worker(
 
     Example (second terminal, while `ringasync up` runs): ringasync worker configs/demo.toml
     """
-    become("worker", config, overrides, redis_url, model)
+    become("worker", config, overrides, redis_url, model, wait=wait)
 
 
 def learner(
@@ -87,6 +91,7 @@ def learner(
     overrides: SetOption = None,
     redis_url: RedisUrlOption = "",
     model: ModelOption = "",
+    wait: WaitOption = False,
 ) -> None:
     """Run the learner: batches, IcePop steps, checkpoints, new weights.
 
@@ -94,7 +99,7 @@ def learner(
 
     Example: ringasync learner configs/demo.toml --redis-url redis://10.0.0.5:6379/0
     """
-    become("learner", config, overrides, redis_url, model)
+    become("learner", config, overrides, redis_url, model, wait=wait)
 
 
 def grader(
@@ -102,16 +107,23 @@ def grader(
     overrides: SetOption = None,
     redis_url: RedisUrlOption = "",
     model: ModelOption = "",
+    wait: WaitOption = False,
 ) -> None:
     """Run a grader by itself; for runs with grader.in_worker = false.
 
     Example: ringasync grader configs/demo.toml --set grader.in_worker=false
     """
-    become("grader", config, overrides, redis_url, model)
+    become("grader", config, overrides, redis_url, model, wait=wait)
 
 
 def become(
-    role: str, config_path: Path, overrides: list[str] | None, redis_url: str, model: str
+    role: str,
+    config_path: Path,
+    overrides: list[str] | None,
+    redis_url: str,
+    model: str,
+    *,
+    wait: bool = False,
 ) -> None:
     """Turn this process into the role; what is wrong with the command line is said before."""
     chosen = tuple(overrides or ())
@@ -119,15 +131,28 @@ def become(
     url = resolve_redis_url(config, redis_url)
     named = model or config.model.path
     if named == "starter":
-        record = read_record(config.run_dir)
-        if record is None:
-            raise ConfigError(
-                f"model.path is 'starter', but {config.run_dir} holds no run that built one: start "
-                "the run with `ringasync up` here, or give the model's folder by --model"
-            )
-        named = record.model
+        named = _built_starter(config.run_dir, wait)
     command = role_command(role, Place(config_path, chosen, url, named))
     os.execv(command[0], command)  # noqa: S606 - no shell, our own interpreter
+
+
+def _built_starter(run_dir: Path, wait: bool) -> str:
+    """The folder of the run's starting model.
+
+    Waits for: the run's record with a model that was built, if ``wait``. Ended by: a signal.
+    """
+    said = False
+    while (record := read_record(run_dir)) is None or record.model in ("", "starter"):
+        if not wait:
+            raise ConfigError(
+                f"model.path is 'starter', but {run_dir} holds no run that built one: start "
+                "the run with `ringasync up` here, or give the model's folder by --model"
+            )
+        if not said:
+            print(f"waiting for {run_dir}: the coordinator builds the starting model", flush=True)
+            said = True
+        time.sleep(_LOOK_AGAIN_S)
+    return record.model
 
 
 def redis(config: ConfigArgument, overrides: SetOption = None) -> None:

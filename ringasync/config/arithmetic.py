@@ -148,6 +148,8 @@ def activation_bytes(config: Config, shape: ModelShape) -> float:
 
 def zero_stage(config: Config) -> int:
     """What is sharded over the ranks, as a ZeRO stage: everything by FSDP2, alone nothing."""
+    if config.learner.backend == "deepspeed":
+        return config.learner.zero_stage_of_deepspeed
     return FULLY_SHARDED if config.learner.ranks > 1 else 0
 
 

@@ -43,9 +43,17 @@ LOCAL_KEYS = (
     "worker.max_concurrent",
     "worker.engine_options",
     "worker.gpus",
+    "learner.backend",
+    "learner.zero_stage",
+    "learner.offload_optimizer",
     "learner.ranks",
+    "learner.microbatch_tokens",
+    "learner.logprob_chunk_tokens",
+    "learner.activation_checkpointing",
 )
-"""What may differ between the roles of one run: it changes where and how fast, not what."""
+"""What may differ between the roles and the lives of one run: it changes where, how fast and in how
+much memory, not what. (The balance loss of routers is of a micro-batch: it does feel ``ranks`` and
+``microbatch_tokens``, see docs/losses.md.)"""
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -157,7 +165,7 @@ def _read(path: Path) -> str:
 def _parse(path: Path, text: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # also of Python itself, for a number of thousands of digits
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
     except RecursionError:
         raise ConfigError(f"{path}: nested too deeply; not a configuration") from None
@@ -204,7 +212,7 @@ def _check_place(table: Any, location: Location) -> None:
 def _toml_value(raw: str) -> Any:
     try:
         parsed = tomllib.loads(f"value = {raw}")
-    except (tomllib.TOMLDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return raw
     return parsed["value"] if len(parsed) == 1 else raw
 

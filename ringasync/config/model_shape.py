@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ringasync.errors import MALFORMED_JSON
+
 KNOWN_TYPES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe")
 
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0}
@@ -148,7 +150,7 @@ def read_shape(path: Path) -> ModelShape | None:
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
         return shape_of(fields) if isinstance(fields, dict) else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, *MALFORMED_JSON):
         return None
 
 

@@ -11,8 +11,9 @@ if TYPE_CHECKING:
 
 def impossible_pairs(config: Config) -> list[str]:
     """One sentence for each: the keys, the rule and the remedy."""
-    every = (_lengths, _schedule, _replay, _rolling, _routers, _ranks, _compiled)
-    return [problem for check in every for problem in check(config)]
+    general = (_lengths, _schedule, _replay, _rolling, _scripted)
+    of_learner = (_routers, _ranks, _compiled, _deepspeed)
+    return [problem for check in (*general, *of_learner) for problem in check(config)]
 
 
 def _lengths(config: Config) -> Iterator[str]:
@@ -135,4 +136,43 @@ def _compiled(config: Config) -> Iterator[str]:
         yield (
             f"learner.compile = true cannot go with learner.ranks = {config.learner.ranks}: "
             "compiled layers are not proved on shards; set learner.compile = false"
+        )
+
+
+def _deepspeed(config: Config) -> Iterator[str]:
+    learner = config.learner
+    if learner.backend != "deepspeed":
+        for key, value in (
+            ("zero_stage", learner.zero_stage),
+            ("offload_optimizer", learner.offload_optimizer or None),
+        ):
+            if value is not None:
+                yield (
+                    f"learner.{key} = {str(value).lower()} is for learner.backend = 'deepspeed', "
+                    f"not {learner.backend!r}: set the backend, or leave learner.{key} out"
+                )
+        return
+    if learner.offload_optimizer and learner.zero_stage_of_deepspeed == 0:
+        yield (
+            "learner.offload_optimizer = true needs learner.zero_stage 1, 2 or 3: at stage 0 the "
+            "optimizer is torch's own on the device; raise the stage or set offload_optimizer = "
+            "false"
+        )
+    if config.schedule.colocated:
+        yield (
+            "learner.backend = 'deepspeed' cannot go with schedule.colocated = true: its shards do "
+            "not leave their devices; set learner.backend = 'torch' or colocated = false"
+        )
+    if learner.compile:
+        yield (
+            "learner.compile = true cannot go with learner.backend = 'deepspeed': compiled layers "
+            "are not proved under its hooks; set learner.compile = false or the backend to 'torch'"
+        )
+
+
+def _scripted(config: Config) -> Iterator[str]:
+    if config.worker.engine == "scripted" and config.weights.canary:
+        yield (
+            'worker.engine = "scripted" needs weights.canary = false: its log-probs are a hash\'s, '
+            "so no version would ever pass the learner's probe"
         )

@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
+from ringasync.config.learner import LearnerConfig as LearnerConfig
 from ringasync.config.pairs import impossible_pairs
-from ringasync.config.section import DEVICE_PATTERN, Section
+from ringasync.config.section import Section
 from ringasync.config.starter import StarterConfig as StarterConfig
 
 RUN_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
@@ -44,7 +45,8 @@ class RedisConfig(Section):
     """The broker. ``embedded`` starts a loopback-only server in the run folder."""
 
     url: Address = "embedded"
-    """``redis://``, or ``rediss://`` for TLS; never with a password, see ``docs/security.md``."""
+    """``redis://``, ``redis+sentinel://`` or ``redis+cluster://`` (``docs/pods.md``), ``rediss`` is
+    TLS; never with a password, see ``docs/security.md``."""
     tls_ca_file: str = ""
     """CA certificates (PEM) that may have signed the server's; empty: the system's."""
     tls_cert_file: str = ""
@@ -122,7 +124,9 @@ class WorkerConfig(Section):
 
     count: int = Field(2, ge=0)
     """Workers that ``ringasync up`` starts; more may join at any time."""
-    engine: Literal["transformers", "vllm"] = "transformers"
+    engine: Literal["transformers", "vllm", "scripted"] = "transformers"
+    """``scripted`` is no model but a hash that looks like one, for tests of everything around it:
+    it starts at once and takes no torch. ``engine_options.step_interval_s`` sets its pace."""
     max_concurrent: int = Field(64, ge=1)
     """Rollouts that one worker generates at once."""
     flush_tokens: int = Field(64, ge=1)
@@ -228,73 +232,6 @@ class LossConfig(Section):
         return self
 
 
-class LearnerConfig(Section):
-    """The learner: optimizer, length of the run, durability."""
-
-    backend: Literal["torch"] = "torch"
-    steps: int = Field(200, ge=1)
-    lr: float = Field(1e-3, ge=0)
-    warmup_steps: int = Field(5, ge=0)
-    """Optimizer updates of linear warm-up."""
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """After the warm-up. What falls does so over ``steps`` x ``updates_per_batch`` updates."""
-    lr_min_ratio: float = Field(0.0, ge=0, le=1)
-    """``linear``, ``cosine``: the share of ``lr`` that they end at."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    adam_eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    """AdamW's, on matrices only. Ring-1T: 0.01; Ring-lite: not given."""
-    grad_clip: float = Field(1.0, gt=0)
-    grad_spike_factor: float = Field(5.0, ge=0)
-    """A gradient norm above this x the median of the last ones is reported. 0: none is."""
-    grad_spike_window_steps: int = Field(32, ge=1)
-    """How many norms that median is of."""
-    updates_per_batch: int = Field(1, ge=1)
-    """Optimizer steps a batch; above 1 the proximal pass is run."""
-    microbatch_tokens: int = Field(16384, ge=1)
-    """What one forward holds. A sequence above it is alone in its micro-batch."""
-    packing: Literal["auto", "varlen", "sequences", "off"] = "auto"
-    """How micro-batches are laid out. ``off``: rows padded to the longest. Else sequences stand one
-    behind the other without padding, and attention runs by one kernel for all (``varlen``: bfloat16
-    on CUDA) or one sequence after the other (``sequences``); ``auto`` takes the first where it
-    can be had. Models that cannot be packed are padded all the same; the log tells why."""
-    activation_checkpointing: bool = False
-    """Keep only the input of each layer for the backward pass, which then runs the layer again: a
-    third more work, and memory for long rollouts."""
-    compile: bool = False
-    """torch.compile of layers and log-softmax. The first steps take a minute or so longer; needs a
-    C compiler."""
-    logprob_chunk_tokens: int = Field(1024, ge=0)
-    """Positions whose logits are in memory at once; a training step computes them twice where a
-    micro-batch has more trained tokens. 0: those of a whole micro-batch, each once."""
-    freeze_router: Literal["none", "bias", "all"] = "none"
-    """MoE: what of the routers gets no updates. ``bias``: the selection bias, as Ring-1T does;
-    ``all``: the whole router. Frozen parts are saved and published all the same."""
-    device: str = Field("auto", pattern=DEVICE_PATTERN)
-    """Where the train engine runs; ``cuda:1`` leaves ``cuda:0`` to a worker of the same host.
-    ``CUDA_VISIBLE_DEVICES`` of the process does it too: devices are counted among the visible."""
-    threads: int = Field(1, ge=1)
-    ranks: int = Field(1, ge=1)
-    """Processes of this host that train together, on a GPU each, with ``threads`` threads each.
-    Above 1 every rank holds a shard of weights, gradients and moments (FSDP2), see
-    docs/learner-ranks.md. It may change between two lives of a run."""
-    peak_tflops: float = Field(0.0, ge=0)
-    """What the device can do at most, in TFLOP/s, for the metric ``mfu``. 0: that of a GPU known by
-    name (H100, H200: 989, dense bf16); on others there is no ``mfu``."""
-    checkpoint_every_steps: int = Field(20, ge=1)
-    checkpoint_async: bool = True
-    """Write checkpoints while the next steps are trained: training stops only until the state is
-    copied in main memory. That takes as much of it as model and optimizer state are large."""
-    checkpoint_keep: int = Field(2, ge=1)
-    export_every_versions: int = Field(0, ge=0)
-    """Every version whose number is a multiple of this stays as an HF-format folder in
-    ``runs/NAME/exports``, from the published files. 0: none; `ringasync export` makes one."""
-    keep_exports: int = Field(0, ge=0)
-    """How many of the newest exports stay. 0: all."""
-    lock_ttl_ms: int = Field(5000, ge=200)
-    stall_report_s: float = Field(30.0, gt=0)
-
-
 class WeightsConfig(Section):
     """How weights reach workers."""
 
@@ -333,6 +270,14 @@ class ObservabilityConfig(Section):
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     tensorboard: bool = True
+    wandb: str = ""
+    """Project of Weights & Biases that the figures also go to (``ringasync[wandb]``); the account
+    and the mode come from its own environment variables. Empty: none."""
+    traces: str = ""
+    """OTLP/HTTP address that gets each rollout's life as a trace (``ringasync[traces]``), e.g.
+    ``http://localhost:4318/v1/traces``. Empty: none."""
+    traces_share: float = Field(1.0, gt=0, le=1)
+    """Share of the groups whose rollouts are traced."""
     samples_keep: int = Field(64, ge=0)
     stall_report_s: float = Field(30.0, gt=0)
 

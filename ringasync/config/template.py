@@ -41,7 +41,7 @@ def config_template() -> str:
 
 def _section(model: type[BaseModel], name: str, is_list: bool = False) -> Iterator[str]:
     """Scalars of the section first: after a sub-table's header they would belong to that one."""
-    explained, below = _field_docstrings(model), []
+    explained, below = field_docstrings(model), []
     if name:
         yield from _prose(inspect.cleandoc(model.__doc__ or ""))
         yield f"[[{name}]]" if is_list else f"[{name}]"
@@ -61,17 +61,18 @@ def _section(model: type[BaseModel], name: str, is_list: bool = False) -> Iterat
 
 def _setting(key: str, field: FieldInfo, examples: dict[str, object]) -> str:
     if key in examples:
-        return f"{key} = {_toml(examples[key])}"
+        return f"{key} = {toml_text(examples[key])}"
     default = field.get_default(call_default_factory=True, validated_data={})
     # TOML has no null: a setting without a value is one that is left out.
-    return f"# {key} is left out" if default is None else f"#{key} = {_toml(default)}"
+    return f"# {key} is left out" if default is None else f"#{key} = {toml_text(default)}"
 
 
-def _toml(value: object) -> str:
+def toml_text(value: object) -> str:
+    """A setting's value as TOML writes it."""
     if isinstance(value, dict):
         return "{}" if not value else json.dumps(value)
     if isinstance(value, tuple):
-        return f"[{', '.join(map(_toml, value))}]"
+        return f"[{', '.join(map(toml_text, value))}]"
     plain = value if isinstance(value, bool | int | float) else str(value)
     return tomli_w.dumps({"v": plain}).removeprefix("v = ").rstrip("\n")
 
@@ -83,7 +84,7 @@ def _prose(text: str) -> Iterator[str]:
             yield from (f"# {line}" for line in wrapped)
 
 
-def _field_docstrings(model: type[BaseModel]) -> dict[str, str]:
+def field_docstrings(model: type[BaseModel]) -> dict[str, str]:
     """The string below each field of the class, read from its source."""
     body = ast.parse(textwrap.dedent(inspect.getsource(model))).body[0]
     found: dict[str, str] = {}

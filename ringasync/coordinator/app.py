@@ -23,6 +23,7 @@ from ringasync.coordinator.recorder import Recorder
 from ringasync.coordinator.rounds_loop import RoundsSchedule
 from ringasync.coordinator.seat import Seat
 from ringasync.coordinator.summary import build_summary, write_summary
+from ringasync.coordinator.tracer import LifeTracer, make_tracer
 from ringasync.coordinator.watchdog import Watchdog
 from ringasync.errors import EnvironmentRefusedError, RingError
 from ringasync.observability.exporter import Exporter, exporting
@@ -92,7 +93,7 @@ class Coordinator:
         """Take the seat and serve; False when Redis came back empty and it must begin again."""
         config_json, digest = resolved_json(self._config), config_hash(self._config)
         new = await broker.create_run(config_json, digest, self._config.schedule.mode)
-        seat = Seat(broker, self._config, self._shutdown)
+        seat = Seat(broker, self._config, self._shutdown, exporter.health.say)
         if not await seat.take():
             return True
         log.info("coordinator begins", new_run=new, fence=seat.fence.token, config_hash=digest)
@@ -111,16 +112,21 @@ class Coordinator:
         if seat.poll.phase == Phase.DONE:
             log.info("the run is done already")
             return
+        tracer = make_tracer(seat)
         recorder = Recorder(seat, partial(note_line, exporter))
         recorder.open()
         try:
             director = await self._build(seat, source, recorder)
-            done = await self._run_loops(seat, recorder, director)
-            await recorder.finish()
+            done = await self._run_loops(seat, recorder, director, tracer)
+            await recorder.finish(seat.poll.learner_step if done else 0)
+            if tracer is not None:
+                await tracer.trace()
             if done:
                 await self._finish_run(seat, recorder)
         finally:
             recorder.close()
+            if tracer is not None:
+                tracer.close()
 
     async def _build(self, seat: Seat, source: PromptSource, recorder: Recorder) -> Director:
         feeder = Feeder(seat, source)
@@ -133,7 +139,9 @@ class Coordinator:
             recorder.listen(schedule.on_outcome)
         return Director(seat, feeder, Evaluator(seat, source, recorder), schedule, Watchdog(seat))
 
-    async def _run_loops(self, seat: Seat, recorder: Recorder, director: Director) -> bool:
+    async def _run_loops(
+        self, seat: Seat, recorder: Recorder, director: Director, tracer: LifeTracer | None
+    ) -> bool:
         """All loops until the run is done (True) or a stop is asked for (False)."""
 
         async def stop_on_request() -> None:
@@ -152,6 +160,8 @@ class Coordinator:
                 group.create_task(seat.keep(), name="seat")
                 group.create_task(recorder.run(), name="recorder")
                 group.create_task(Reaper(seat).run(), name="reaper")
+                if tracer is not None:
+                    group.create_task(tracer.run(), name="tracer")
                 directing = group.create_task(direct(), name="director")
                 await directing
                 watcher.cancel()

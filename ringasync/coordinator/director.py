@@ -86,9 +86,10 @@ class Director:
             return refusal
         doing = await self._schedule.turn(poll, backlog, ledger)
         # What was read before the turn does not know what the turn has fed.
-        if self._feeder.data_ended and self._data_are_over(await self._seat.broker.backlog()):
+        over = self._feeder.data_ended and self._data_are_over(await self._seat.broker.backlog())
+        if over and await self._feeder.finish():
             log.info("the data have ended")
-            await self._set_phase(Phase.FINISHING)
+            await self._seat.beat()
         return doing
 
     def _data_are_over(self, backlog: Backlog) -> bool:

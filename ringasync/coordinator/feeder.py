@@ -13,7 +13,7 @@ from typing import Any
 from ringasync.broker.types import Backlog, NewGroup
 from ringasync.coordinator.prompts import PromptCursor, PromptSource, group_id
 from ringasync.coordinator.seat import Seat
-from ringasync.errors import CheckpointError, InvariantError
+from ringasync.errors import MALFORMED_JSON, CheckpointError, InvariantError
 from ringasync.observability.log import get_logger
 from ringasync.runtime import crashpoints
 from ringasync.scheduling.watermark import DataPosition
@@ -62,7 +62,7 @@ class Cursor:
             data: Any = json.loads(text)
             closed = DataPosition.from_json(json.dumps(data["closed"]))
             return cls(int(data["next"]), int(data["life"]), closed, bool(data["ended"]))
-        except (KeyError, TypeError, ValueError) as error:
+        except MALFORMED_JSON as error:
             raise CheckpointError(f"not a data cursor: {text[:80]!r} ({error})") from error
 
 
@@ -90,7 +90,10 @@ class Feeder:
         return time.monotonic() < self._full_until + _FULL_PAUSE_S
 
     async def restore(self) -> None:
-        """Find the place: the broker's cursor, or the newest checkpoint's when Redis is empty."""
+        """Find the place: the broker's cursor, or the newest checkpoint's when Redis is empty.
+
+        Again where Redis may have lost its tail: the last feedings, or all.
+        """
         stored = await self._seat.broker.data_cursor()
         if stored:
             self._cursor = Cursor.from_json(stored)
@@ -99,7 +102,9 @@ class Feeder:
         self._cursor = await asyncio.to_thread(_first_cursor, self._seat.run_dir)
         # Stored before anything else is fed: an empty cursor means an empty Redis, nothing else.
         request = f"cursor:{self._seat.fence.token}:{self._cursor.life}"
-        await self._seat.broker.feed(self._seat.fence, request, [], self._cursor.to_json())
+        fence, cursor = self._seat.fence, self._cursor.to_json()
+        if await self._seat.broker.feed(fence, request, [], cursor) < 0:
+            self._full_until = time.monotonic() + _FULL_PAUSE_S
         if self._cursor.life:
             log.warning(
                 "redis has no data cursor: going on from the newest checkpoint",
@@ -147,7 +152,7 @@ class Feeder:
             )
         if reply == -2:
             log.warning("redis lost its tail: feeding goes on from the cursor that it has")
-            await self.refresh()
+            await self.restore()
             return False
         if reply < 0:
             self._full_until = time.monotonic() + _FULL_PAUSE_S
@@ -156,10 +161,14 @@ class Feeder:
         self._full_until, self._cursor = 0.0, cursor
         return True
 
-    async def refresh(self) -> None:
-        """Take the broker's cursor again: Redis may have lost the last feedings."""
-        stored = await self._seat.broker.data_cursor()
-        self._cursor = Cursor.from_json(stored) if stored else self._cursor
+    async def finish(self) -> bool:
+        """Let the run finish: the data are fed whole. False when Redis has lost feedings since;
+        then those are to be fed again."""
+        if await self._seat.broker.end_feeding(self._seat.fence, self._cursor.to_json()):
+            return True
+        log.warning("redis lost its tail: the data have not ended")
+        await self.restore()
+        return False
 
 
 def may_feed(poll_phase: str, paused: bool, backlog: Backlog) -> str:
@@ -203,7 +212,7 @@ def checkpoint_position(run_dir: Path) -> DataPosition:
         try:
             fields: Any = json.loads(meta.read_text(encoding="utf-8"))
             return DataPosition.from_json(str(fields["data_position"]))
-        except (OSError, KeyError, TypeError, ValueError, CheckpointError) as error:
+        except (OSError, *MALFORMED_JSON, CheckpointError) as error:
             log.warning("checkpoint without a data position", file=str(meta), why=str(error))
     return DataPosition()
 

@@ -94,7 +94,7 @@ class PipelinedSchedule:
         if self._incarnations != self._seat.incarnations:
             self._incarnations = self._seat.incarnations
             self._overtaking.clear()
-            await self._feeder.refresh()
+            await self._feeder.restore()
         if now - self._sessions_s >= _SESSIONS_EVERY_S:
             self._sessions_s = now
             rows = await self._seat.broker.sessions()

@@ -14,8 +14,8 @@ from typing import Any
 from ringasync.broker.types import Outcome
 from ringasync.coordinator.history import RunHistory, stream_ms
 from ringasync.coordinator.metrics_file import METRICS_FILE, MetricsFile
+from ringasync.coordinator.scalars import ScalarWriter, open_writers
 from ringasync.coordinator.seat import Seat
-from ringasync.coordinator.tensorboard import ScalarWriter, open_scalars
 from ringasync.observability.log import get_logger
 from ringasync.runtime import crashpoints
 
@@ -24,6 +24,8 @@ SNAPSHOT_EVERY_S = 2.0
 TRIM_EVERY_S = 10.0
 KEEP_BEHIND_MS = 600_000
 """Outcomes stay this long after they were recorded: the learner reads them for its checkpoints."""
+LAST_LINE_S = 15.0
+"""How long the line of the last step is waited for: it may have died with its learner."""
 _READ_COUNT = 500
 _SESSION_FIELDS = (
     "id", "role", "worker", "state", "doing", "leases", "age_ms", "policy_version",
@@ -41,9 +43,7 @@ class Recorder:
     def __init__(self, seat: Seat, on_line: LineListener | None = None) -> None:
         self._seat, self._on_line = seat, on_line
         self._file = MetricsFile(seat.run_dir / METRICS_FILE)
-        self._scalars: ScalarWriter = open_scalars(
-            seat.run_dir / "tensorboard", wanted=seat.config.observability.tensorboard
-        )
+        self._scalars: list[ScalarWriter] = []
         self._listeners: list[OutcomeListener] = []
         self._reading = asyncio.Lock()
         self._snapshot_s = self._trim_s = 0.0
@@ -55,10 +55,15 @@ class Recorder:
         self._listeners.append(listener)
 
     def open(self) -> None:
-        """Take the file over and learn what it holds."""
+        """Take the file over, learn what it holds, open what else takes the figures.
+
+        Raises:
+            EnvironmentRefusedError: the packages of a writer that was asked for are missing.
+        """
         for line in self._file.open():
             self.history.add(line)
         self.write({"kind": "start", "at_ms": int(time.time() * 1000)})
+        self._scalars = open_writers(self._seat.config, self.history.first_ms)
 
     def write(self, line: dict[str, Any]) -> None:
         """Record a line that comes from no stream."""
@@ -106,7 +111,7 @@ class Recorder:
         for line in lines:
             if line["kind"] == "step":
                 at_s = stream_ms(line["id"]) / 1000
-                self._scalars.add("train", line, int(line["step"]), at_s)
+                self._add("train", line, int(line["step"]), at_s)
         return len(entries) == _READ_COUNT
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
@@ -146,29 +151,46 @@ class Recorder:
         }
         self.write(line)
         shown = {"ledger": line["ledger"], "queues": queues}
-        self._scalars.add("run", shown, self._seat.poll.learner_step, time.time())
+        self._add("run", shown, self._seat.poll.learner_step, time.time())
+
+    def _add(self, prefix: str, line: dict[str, Any], step: int, at_s: float) -> None:
+        for writer in self._scalars:
+            writer.add(prefix, line, step, at_s)
+
+    def _sync(self) -> None:
+        self._file.sync()
+        for writer in self._scalars:
+            writer.flush()
 
     async def _trim_if_due(self) -> None:
         if time.monotonic() - self._trim_s < TRIM_EVERY_S or not self._last_outcome_ms:
             return
         self._trim_s = time.monotonic()
-        self._file.sync()
-        self._scalars.flush()
+        self._sync()
         before = f"{max(0, self._last_outcome_ms - KEEP_BEHIND_MS)}-0"
         await self._seat.broker.trim_outcomes(self._seat.fence, before)
 
-    async def finish(self) -> None:
-        """Record what is left, with a last snapshot, and make the file durable."""
+    async def finish(self, last_step: int = 0) -> None:
+        """Record what is left, with a last snapshot, and make the file durable.
+
+        A learner publishes a step before it tells how the step went, so at a run's end the line of
+        ``last_step`` may be on its way still; it is waited for.
+        """
+        ends_s = time.monotonic() + LAST_LINE_S
         await self.record()
+        while last_step and last_step not in self.history.steps and time.monotonic() < ends_s:
+            await self._seat.fresh_poll()  # the lock must not expire meanwhile
+            await asyncio.sleep(RECORD_EVERY_S / 4)
+            await self.record()
         await self.snapshot()
-        self._file.sync()
-        self._scalars.flush()
+        self._sync()
 
     def close(self) -> None:
         """Close the files."""
         self._file.sync()
         self._file.close()
-        self._scalars.close()
+        for writer in self._scalars:
+            writer.close()
 
 
 def outcome_line(outcome: Outcome) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from ringasync.broker.types import Backlog, Poll
 from ringasync.config.schema import Config
 from ringasync.coordinator.feeder import Feeder
 from ringasync.coordinator.seat import Seat
+from ringasync.errors import InvariantError
 from ringasync.observability.log import get_logger
 from ringasync.runtime import crashpoints
 from ringasync.scheduling.rounds import RoundAction, RoundSettings, RoundView, next_action
@@ -42,7 +43,8 @@ class RoundsSchedule:
         """Act until the machine waits; returns what it waits for."""
         if self._incarnations != self._seat.incarnations:
             self._incarnations = self._seat.incarnations
-            await self._feeder.refresh()
+            await self._feeder.restore()
+        self.ended = False
         for _ in range(_MAX_ACTIONS_A_TURN):
             action = next_action(self._view(poll, backlog), self._settings)
             if action.kind == "end":
@@ -73,7 +75,19 @@ class RoundsSchedule:
         )
 
     async def _act(self, action: RoundAction, poll: Poll) -> bool:
-        """Carry out one action; False when it has to be tried again later."""
+        """Carry out one action; False when it has to be tried again later, also where a Redis that
+        lost its tail has put the round back since ``poll``."""
+        try:
+            return await self._carry_out(action, poll)
+        except InvariantError as error:
+            now = await self._seat.beat()
+            seen, found = ((one.round_id, one.round_state) for one in (poll, now))
+            if seen == found:
+                raise
+            log.warning("the round is not where it was", seen=seen, found=found, why=str(error))
+            return False
+
+    async def _carry_out(self, action: RoundAction, poll: Poll) -> bool:
         broker, fence, schedule = self._seat.broker, self._seat.fence, self._seat.config.schedule
         if action.kind == "purge_and_open":
             number = action.round_id

@@ -7,6 +7,7 @@ import os
 import secrets
 import socket
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ringasync.broker.client import Broker
@@ -35,8 +36,15 @@ class Seat:
     ``top`` shows. ``incarnations`` counts the Redis rollbacks seen in this life.
     """
 
-    def __init__(self, broker: Broker, config: Config, shutdown: Shutdown) -> None:
+    def __init__(
+        self,
+        broker: Broker,
+        config: Config,
+        shutdown: Shutdown,
+        on_status: Callable[[Mapping[str, object]], None] = lambda _: None,
+    ) -> None:
         self.broker, self.config, self.shutdown = broker, config, shutdown
+        self._on_status = on_status
         self.status: dict[str, str | int | float] = {"doing": "starting", "stall": ""}
         self.stop = asyncio.Event()
         self._beating = asyncio.Lock()
@@ -140,6 +148,7 @@ class Seat:
         return True
 
     async def _heartbeat(self) -> Poll:
+        self._on_status(self.status)
         return await self.broker.heartbeat(self._session_id, self.ttl_ms, self.status)
 
     async def _open_session(self) -> None:

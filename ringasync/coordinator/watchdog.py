@@ -8,9 +8,12 @@ from dataclasses import dataclass, replace
 
 from ringasync.broker.types import Backlog, Poll
 from ringasync.coordinator.seat import Seat
+from ringasync.coordinator.stuck_groups import StuckGroups
 from ringasync.observability.log import get_logger
+from ringasync.observability.stalls import Awaited, in_words, together
 
 log = get_logger(__name__)
+_REMEDY = "its log in runs/NAME/logs says why; when it is ended, another goes on where it was"
 _FULL = "Redis is full"
 """What a worker says that keeps tokens because its appends are refused."""
 Session = Mapping[str, str]
@@ -47,10 +50,18 @@ class Watchdog:
         self._after_s = seat.config.observability.stall_report_s
         self._seen: tuple[object, ...] = ()
         self._moved_s = self._reported_s = time.monotonic()
+        self._groups = StuckGroups(seat)
+        self._still = ""
         self.reports = 0
 
     async def look(self, now: Situation) -> Stall | None:
-        """Take note; the stall when it is time to report one."""
+        """Take note; the stall when it is time to report one. All that is overdue is shown."""
+        stall = await self._nothing_moves(now)
+        groups = await self._groups.look(now.poll, now.backlog)
+        self._seat.status["stall"] = together((self._still, groups))
+        return stall
+
+    async def _nothing_moves(self, now: Situation) -> Stall | None:
         moving = (
             tuple(sorted(now.ledger.items())),
             now.poll.learner_step,
@@ -64,7 +75,7 @@ class Watchdog:
         at = time.monotonic()
         if moving != self._seen:
             self._seen, self._moved_s, self._reported_s = moving, at, at
-            self._seat.status["stall"] = ""
+            self._still = ""
             return None
         if at - self._reported_s < self._after_s:
             return None
@@ -74,8 +85,14 @@ class Watchdog:
         blocked = (await broker.run_meta()).get("publication_blocked", "")
         stall = judge(replace(now, publication_blocked=blocked), await broker.sessions())
         since_s = round(at - self._moved_s, 1)
-        log.warning("nothing moves", awaited=stall.awaited, owed_by=stall.owed_by, since_s=since_s)
-        self._seat.status["stall"] = f"{since_s:.0f} s: {stall.awaited}; owed by {stall.owed_by}"
+        log.warning(
+            "nothing moves",
+            awaited=stall.awaited,
+            owed_by=stall.owed_by,
+            since_s=since_s,
+            remedy=_REMEDY,
+        )
+        self._still = in_words(Awaited(stall.awaited, stall.owed_by, _REMEDY), since_s)
         return stall
 
 

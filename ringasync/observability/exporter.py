@@ -15,12 +15,14 @@ from prometheus_client.registry import Collector
 
 from ringasync.config.schema import Config, MetricsConfig
 from ringasync.observability.families import BASE_LABELS, FAMILIES, Family
+from ringasync.observability.health import Health
 from ringasync.observability.log import get_logger
 
 PORT_OFFSETS = {"coordinator": 0, "learner": 1}
 """Roles that a run has once. All others take the first free port from ``SHARED_OFFSET`` on."""
 SHARED_OFFSET = 2
 SHARED_PORTS = 64
+BEAT_S = 0.5
 
 Value = float | dict[str, float]
 log = get_logger(__name__)
@@ -34,14 +36,21 @@ class Exporter(Collector):
     known is not exported.
     """
 
-    def __init__(self, run: str, role: str, worker: str = "") -> None:
+    def __init__(
+        self, run: str, role: str, worker: str = "", silent_after_s: float = math.inf
+    ) -> None:
         self._labels = [run, role, worker]
+        self.health = Health(dict(zip(BASE_LABELS, self._labels, strict=True)), silent_after_s)
         self._families = [family for family in FAMILIES if role in family.roles]
         self._split = {family.key: bool(family.label) for family in self._families}
         self._values: Mapping[str, Value] = {}
 
     def set(self, values: Mapping[str, object]) -> None:
-        """Take over what the role exports of ``values``; None takes a value away."""
+        """Take over what the role exports of ``values``; None takes a value away.
+
+        A status (with ``doing``) is also what the health endpoint tells.
+        """
+        self.health.say(values)
         fresh = {key: _value(values[key], split) for key, split in self._known(values)}
         merged = {**self._values, **fresh}
         self._values = {key: value for key, value in merged.items() if value is not None}
@@ -78,13 +87,25 @@ async def exporting(config: Config, role: str, worker: str = "") -> AsyncIterato
 
     A port that cannot be had costs a warning and the metrics, never the run.
     """
-    exporter = Exporter(config.run.name, role, worker)
+    silent_after_s = config.observability.stall_report_s
+    exporter = Exporter(config.run.name, role, worker, silent_after_s)
     serving = _serve(config.metrics, role, exporter) if config.metrics.port else None
+    if serving is None:
+        yield exporter
+        return
+    beats = asyncio.create_task(_beat(exporter.health))
     try:
         yield exporter
     finally:
-        if serving is not None:
-            await asyncio.to_thread(_end, *serving)
+        beats.cancel()
+        await asyncio.to_thread(_end, *serving)
+
+
+async def _beat(health: Health) -> None:
+    """Show that the loop moves. Consumes: time; produces: beats. Waits for ``BEAT_S``."""
+    while True:
+        health.beat()
+        await asyncio.sleep(BEAT_S)
 
 
 def ports_of(metrics: MetricsConfig, role: str) -> range:
@@ -104,12 +125,14 @@ def _serve(
     why = ""
     for port in ports_of(metrics, role):
         try:
-            serving = start_http_server(port, metrics.host, registry)
+            server, thread = start_http_server(port, metrics.host, registry)
+            if (served := server.get_app()) is not None:
+                server.set_app(exporter.health.beside(served))
         except OSError as error:
             why = f"{metrics.host}:{port}: {error.strerror or error}"
             continue
         log.info("metrics are served", url=f"http://{metrics.host}:{port}/metrics")
-        return serving
+        return server, thread
     log.warning("metrics are not served", why=why, remedy="set metrics.port or metrics.host")
     return None
 

@@ -24,6 +24,8 @@ SegmentKind = Literal["policy", "environment"]
 _KIND_CODES: dict[SegmentKind, int] = {"policy": 0, "environment": 1}
 _KIND_NAMES: dict[int, SegmentKind] = {code: kind for kind, code in _KIND_CODES.items()}
 _MAX_SHORT_ID = 0xFFFF
+_MAX_WHOLE = 2**31 - 1
+"""Offsets and versions are int32 in trajectories."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -123,8 +125,8 @@ def decode_segment(payload: bytes) -> Segment:
 
 def _whole(fields: dict[str, Any], name: str) -> int:
     value = fields[name]
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{name}={value!r} is not a whole number >= 0")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MAX_WHOLE:
+        raise ValueError(f"{name}={value!r} is not a whole number from 0 to {_MAX_WHOLE}")
     return value
 
 

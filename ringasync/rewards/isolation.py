@@ -65,17 +65,24 @@ os._exit(9 if [name for _, name in socket.if_nameindex() if name != 'lo'] else 0
 
 @dataclass(frozen=True, slots=True)
 class Sandbox:
-    """A way to isolate that was tried on this host; ``readable``: folders beside Python's own."""
+    """A way to isolate that was tried on this host; ``readable``: folders beside Python's own.
+
+    ``has_proc``: with a ``/proc`` of its own and another host name. Containers forbid both, and the
+    container's ``/proc`` would show the passwords in other processes' environments: then there is
+    none.
+    """
 
     binary: str
     readable: tuple[str, ...] = ()
+    has_proc: bool = True
 
     def command(self, command: Sequence[str], seccomp_descriptor: int) -> list[str]:
         """``command`` inside the sandbox; the descriptor gives ``seccomp_program``'s bytes."""
         folders, links = _visible(self.readable)
         arguments = [self.binary, "--unshare-user", "--unshare-all", "--die-with-parent"]
-        arguments += ["--new-session", "--hostname", "sandbox", "--cap-drop", "ALL"]
-        arguments += ["--proc", "/proc", "--dev", "/dev"]
+        arguments += ["--new-session", "--cap-drop", "ALL", "--dev", "/dev"]
+        if self.has_proc:
+            arguments += ["--hostname", "sandbox", "--proc", "/proc"]
         arguments += ["--size", str(SCRATCH_BYTES), "--tmpfs", "/tmp"]  # noqa: S108
         for path in (*_SYSTEM_PATHS, *_SYSTEM_FILES):
             arguments += ["--ro-bind-try", path, path]
@@ -147,6 +154,15 @@ def _tried(readable: tuple[str, ...]) -> Sandbox | str:
     if platform.machine() not in _MACHINES:
         return f"no filter of system calls is known for {platform.machine()}"
     sandbox = Sandbox(binary, readable)
+    if why := _refusal(sandbox):
+        sandbox = Sandbox(binary, readable, has_proc=False)
+        if _refusal(sandbox):
+            return why
+    return sandbox
+
+
+def _refusal(sandbox: Sandbox) -> str:
+    """Why a sandbox does not isolate here; empty when it does."""
     descriptor = seccomp_pipe()
     try:
         done = subprocess.run(  # noqa: S603  # a fixed command, no shell
@@ -163,10 +179,10 @@ def _tried(readable: tuple[str, ...]) -> Sandbox | str:
         return f"bubblewrap cannot be run: {error}"
     finally:
         os.close(descriptor)
-    if done.returncode:
-        said = done.stderr.decode(errors="replace").strip()[-500:]
-        return f"bubblewrap does not isolate here (exit code {done.returncode}): {said}"
-    return sandbox
+    if not done.returncode:
+        return ""
+    said = done.stderr.decode(errors="replace").strip()[-500:]
+    return f"bubblewrap does not isolate here (exit code {done.returncode}): {said}"
 
 
 def _visible(readable: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:

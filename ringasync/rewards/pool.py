@@ -188,6 +188,8 @@ class _Child:
             raise InvariantError("a verifier process was started without pipes")
         self._process, self._stdin, self._stdout = process, process.stdin, process.stdout
         self._last_id = 0
+        self._reading = asyncio.Lock()
+        """A job reads or ``kill`` does: of two readers, asyncio forgets to wake one."""
         self.usable = True
         self.began = False
         """Whether the process answered to its present job at all."""
@@ -273,9 +275,10 @@ class _Child:
 
         A reader whose buffer is full reads no more, so a flood would be waited for without end.
         """
-        with suppress(ConnectionError, RuntimeError):  # RuntimeError: a job still reads by itself
-            while await self._stdout.read(1 << 16):
-                pass
+        async with self._reading:
+            with suppress(ConnectionError):
+                while await self._stdout.read(1 << 16):
+                    pass
 
     async def _receive(self, timeout_s: float, complaint: str) -> dict[str, Any]:
         try:
@@ -291,10 +294,13 @@ class _Child:
     async def _read(self) -> dict[str, Any]:
         with suppress(ConnectionError):  # it may have answered and left: its words come first
             await self._stdin.drain()
-        length = int.from_bytes(await self._stdout.readexactly(4), "little")
-        if length > MAX_FRAME_BYTES:
-            raise ValueError(f"a frame of {length} bytes")
-        frame = msgpack.unpackb(await self._stdout.readexactly(length))
+        async with self._reading:
+            if not self.usable:
+                raise ConnectionError("killed since")
+            length = int.from_bytes(await self._stdout.readexactly(4), "little")
+            if length > MAX_FRAME_BYTES:
+                raise ValueError(f"a frame of {length} bytes")
+            frame = msgpack.unpackb(await self._stdout.readexactly(length))
         if not isinstance(frame, dict):
             raise ValueError("a frame that is no map")
         return frame

@@ -5,6 +5,7 @@
     RINGASYNC_REDIS_USERNAME          ACL user; empty: Redis's default user
     RINGASYNC_REDIS_PASSWORD          its password
     RINGASYNC_REDIS_PASSWORD_<ROLE>   one a role, for `ringasync up` and `ringasync acl`
+    RINGASYNC_SENTINEL_PASSWORD       the Sentinels' own, for `redis+sentinel://`
 
 `ringasync up` gives each role its own user and hides the passwords of the others from it.
 """
@@ -16,6 +17,7 @@ from collections.abc import Mapping, MutableMapping
 from urllib.parse import unquote, urlsplit
 
 from ringasync.broker.access import ROLES, USER_PREFIX
+from ringasync.broker.primaries import SENTINEL_VARIABLE
 from ringasync.runtime.runfiles import without_password
 
 USERNAME_VARIABLE = "RINGASYNC_REDIS_USERNAME"
@@ -41,6 +43,11 @@ def redis_credentials(environment: Mapping[str, str] = os.environ) -> tuple[str 
     if operator and not environment.get(USERNAME_VARIABLE):
         return USER_PREFIX + "operator", operator
     return environment.get(USERNAME_VARIABLE) or None, environment.get(PASSWORD_VARIABLE) or None
+
+
+def sentinel_password(environment: Mapping[str, str] = os.environ) -> str | None:
+    """What every process says to the Sentinels; they have no users of the roles."""
+    return environment.get(SENTINEL_VARIABLE) or None
 
 
 def role_environment(role: str, environment: Mapping[str, str] = os.environ) -> dict[str, str]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from ringasync.config.schema import Config
+from ringasync.durable import folder_bytes, room_at
 from ringasync.errors import CheckpointError, ConfigError, EnvironmentRefusedError, ManifestError
 from ringasync.records.weights import WeightManifest
 from ringasync.runtime.process import describe_exit, thread_environment
@@ -212,7 +213,8 @@ def _new_folder(target: Path, source: Path, force: bool) -> Iterator[Path]:
         else:
             staging.rename(target)
     except OSError as error:
-        raise EnvironmentRefusedError(f"cannot write {target}: {error}") from error
+        room = room_at(target, folder_bytes(source))
+        raise EnvironmentRefusedError(f"cannot write {target}: {error} ({room})") from error
     finally:
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)

@@ -10,7 +10,7 @@ from ringasync.config.load import config_hash
 from ringasync.config.schema import Config
 from ringasync.errors import RingError
 from ringasync.observability.log import get_logger
-from ringasync.runtime.credentials import redis_credentials
+from ringasync.runtime.credentials import redis_credentials, sentinel_password
 from ringasync.runtime.shutdown import Shutdown
 
 POLL_S = 0.3
@@ -39,6 +39,7 @@ async def broker_client(
         run,
         username=username,
         password=password,
+        sentinel_password=sentinel_password(),
         connect_timeout_s=connect_timeout_s,
         retry_budget_s=retry_budget_s,
     )

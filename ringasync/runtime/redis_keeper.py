@@ -11,8 +11,10 @@ from pathlib import Path
 
 import psutil
 import redis.asyncio as aredis
+from redis.exceptions import RedisError
 
 from ringasync.broker.embedded import EmbeddedRedis
+from ringasync.errors import RingError
 
 CHECK_S = 0.5
 
@@ -59,15 +61,21 @@ class RedisKeeper:
         self._process = psutil.Process(int(info["process_id"]))
 
     async def _watch(self) -> None:
-        """Consumes deaths of the server, produces restarts; never ends by itself."""
+        """Consumes deaths of the server, produces restarts; never ends by itself.
+
+        A server that dies while it is being started is started again: roles wait for it within
+        their retry budget, and end the run when that is spent.
+        """
         while True:
             await asyncio.sleep(CHECK_S)
             if self._is_dead():
                 self._say("the embedded Redis died; starting it again from its log")
-                await self._start()
+                try:
+                    await self._start()
+                except (RingError, RedisError, OSError, psutil.NoSuchProcess) as error:
+                    self._process = None
+                    self._say(f"the embedded Redis did not come up, trying again: {error}")
 
     def _is_dead(self) -> bool:
         # A server that a killed supervisor left is nobody's child, so its process id is watched.
-        return self._server.has_ended() or (
-            self._process is not None and not self._process.is_running()
-        )
+        return self._server.has_ended() or self._process is None or not self._process.is_running()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import uvloop
 
-from ringasync.broker.connection import with_tls
+from ringasync.broker.address import with_tls
 from ringasync.config.load import load_config
 from ringasync.config.schema import Config
 from ringasync.errors import ConfigError, RingError

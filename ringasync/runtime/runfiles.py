@@ -25,7 +25,12 @@ from urllib.parse import urlsplit, urlunsplit
 
 from ringasync.config.load import config_hash, resolved_json
 from ringasync.config.schema import Config
-from ringasync.errors import ConfigError, EnvironmentRefusedError, LockHeldError
+from ringasync.errors import (
+    MALFORMED_JSON,
+    ConfigError,
+    EnvironmentRefusedError,
+    LockHeldError,
+)
 
 RECORD_FILE = "run.json"
 LOCK_FILE = "up.lock"
@@ -34,7 +39,7 @@ SETTINGS_FILE = "config.json"
 OWN_NAMES = frozenset(
     {
         *(RECORD_FILE, LOCK_FILE, SETTINGS_FILE, "redis", "logs", "feeding.json"),
-        *("metrics.jsonl", "tensorboard", "summary.json", "report.html"),
+        *("metrics.jsonl", "tensorboard", "wandb", "summary.json", "report.html"),
         *("weights", "publish", "exports", "checkpoints", "journal", "replay"),
     }
 )
@@ -93,7 +98,7 @@ def read_record(run_dir: Path) -> RunRecord | None:
     try:
         data = json.loads((run_dir / RECORD_FILE).read_text(encoding="utf-8"))
         return RunRecord(**{name: str(data[name]) for name in RunRecord.__dataclass_fields__})
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, NotADirectoryError, *MALFORMED_JSON):
         return None
 
 

@@ -12,7 +12,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Self
 
-from ringasync.errors import CheckpointError
+from ringasync.errors import MALFORMED_JSON, CheckpointError
+
+_MAX_EXCEPTIONS = 1 << 22
+"""Far above any pool: a run of billions in a damaged file must not fill the memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +77,9 @@ class DataPosition:
         """Read what ``to_json`` wrote. Raises ``CheckpointError`` on anything else."""
         try:
             data: Any = json.loads(text)
-            low, runs = int(data["low"]), data["runs"]
-            exceptions = frozenset(i for first, last in runs for i in range(first, last + 1))
-            return cls(low, exceptions)
-        except (KeyError, TypeError, ValueError) as error:
+            low, runs = int(data["low"]), [range(first, last + 1) for first, last in data["runs"]]
+            if sum(map(len, runs)) > _MAX_EXCEPTIONS:
+                raise ValueError(f"more than {_MAX_EXCEPTIONS} exceptions")
+            return cls(low, frozenset(index for run in runs for index in run))
+        except MALFORMED_JSON as error:
             raise CheckpointError(f"not a data position: {text[:80]!r} ({error})") from error

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from redis.asyncio import Redis
 
-from ringasync.broker.connection import require_password, with_tls
+from ringasync.broker.address import require_password, with_tls
 from ringasync.config.schema import Config
 from ringasync.errors import ConfigError
 from ringasync.weights.file_transport import FileTransport

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ringasync.durable import sync_path
-from ringasync.errors import ManifestError
+from ringasync.errors import MALFORMED_JSON, ManifestError
 from ringasync.weights.manifest import published_files
 
 ORIGIN_FILE = "ringasync.json"
@@ -88,5 +88,5 @@ def read_origin(folder: Path) -> Origin:
         return Origin(
             str(fields["run"]), int(fields["policy_version"]), int(fields["learner_step"])
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, *MALFORMED_JSON) as error:
         raise ManifestError(f"{folder / ORIGIN_FILE} is unreadable: {error}") from error

@@ -22,8 +22,8 @@ from collections import defaultdict
 from collections.abc import Collection
 from pathlib import Path
 
-from ringasync.durable import sync_path
-from ringasync.errors import ManifestError
+from ringasync.durable import folder_bytes, room_at, sync_path
+from ringasync.errors import EnvironmentRefusedError, ManifestError
 from ringasync.records.weights import WeightManifest
 from ringasync.weights.manifest import (
     MANIFEST_FILE,
@@ -101,6 +101,7 @@ class FileTransport:
         self._sweep(fields.fence)
         if target.exists():
             return self._published_before(source, fields, target)
+        needed_bytes = folder_bytes(source)
         staging = Path(tempfile.mkdtemp(prefix=f".tmp-{name}-", dir=self._root))
         try:
             staging.chmod(0o755)
@@ -113,8 +114,14 @@ class FileTransport:
             sync_path(staging)
             self._lock_path(name).touch()
             staging.rename(target)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(staging, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise EnvironmentRefusedError(
+                    f"version {fields.policy_version} cannot be written to {target}: {error} "
+                    f"({room_at(self._root, needed_bytes)}). Free disk space, or lower "
+                    "weights.keep_versions, and start again: nothing is lost"
+                ) from error
             raise
         sync_path(self._root)
         if consume:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import xxhash
 from pydantic import ValidationError
 
-from ringasync.errors import ManifestError
+from ringasync.errors import MALFORMED, ManifestError
 from ringasync.records.weights import ProbeSequence, ShardInfo, TensorInfo, WeightManifest
 
 MANIFEST_FILE = "manifest.json"
@@ -210,7 +210,7 @@ def _header(path: Path, data: memoryview) -> tuple[int, dict[str, Any]]:
         raise ManifestError(f"{path.name} is cut short: its header claims {length} bytes")
     try:
         header = json.loads(bytes(data[8 : 8 + length]))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ManifestError(f"{path.name} has a header that is not JSON: {error}") from error
     if not isinstance(header, dict):
         raise ManifestError(f"{path.name} has a header that is not a JSON object")
@@ -219,9 +219,10 @@ def _header(path: Path, data: memoryview) -> tuple[int, dict[str, Any]]:
 
 def _tensor_info(path: Path, name: str, entry: Any, body: memoryview) -> TensorInfo:
     try:
+        name.encode()  # JSON may hold half a character, a manifest must not
         dtype, shape = str(entry["dtype"]), tuple(int(side) for side in entry["shape"])
         begin, end = (int(offset) for offset in entry["data_offsets"])
-    except (KeyError, TypeError, ValueError) as error:
+    except MALFORMED as error:
         raise ManifestError(f"{path.name}: header entry of {name!r} is malformed") from error
     if not 0 <= begin <= end <= len(body):
         raise ManifestError(

@@ -13,6 +13,7 @@ import pytest
 from redis.asyncio import Redis
 
 from ringasync.broker import connection
+from ringasync.broker.address import is_loopback
 from ringasync.broker.client import Broker
 from ringasync.broker.embedded import (
     LOCK_FILE,
@@ -175,9 +176,9 @@ async def test_an_open_address_needs_a_password() -> None:
     for url in ("redis://10.1.2.3:6379/0", "redis://redis:6379/0", "redis://[2001:db8::1]:1/0"):
         with pytest.raises(BrokerRefusedError, match="reachable from other machines"):
             await Broker.connect(url, "demo")
-    assert connection.is_loopback("redis://[::1]:6379/0")
-    assert connection.is_loopback("unix:///run/redis.sock")
-    assert connection.is_loopback("redis://127.9.9.9/0")
+    assert is_loopback("redis://[::1]:6379/0")
+    assert is_loopback("unix:///run/redis.sock")
+    assert is_loopback("redis://127.9.9.9/0")
 
 
 async def test_a_bad_run_name_is_refused_before_connecting() -> None:

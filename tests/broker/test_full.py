@@ -143,6 +143,7 @@ async def device(w: World) -> None:
 DRAINING: dict[str, Step] = {
     "create_run": lambda w: w.broker.create_run("", CONFIG_HASH),
     "take_device return_device": device,
+    "end_feeding": lambda w: w.broker.end_feeding(w.kit.coordinator, "c"),
     "set_meta": lambda w: w.broker.set_paused(True, "full"),
     "acquire_lock release_lock": acquire,
     "renew_lock": lambda w: w.broker.renew_lock(w.kit.learner, TTL_MS),

@@ -46,7 +46,7 @@ def cli() -> str:
 def questions() -> dict[str, list[str]]:
     """Question -> its commands."""
     text = PAGE.read_text(encoding="utf-8").split("## Keys")[0]
-    blocks = re.findall(r"^(\S[^\n]*\?)\n\n```sh\n(.*?)```", text, re.M | re.S)
+    blocks = re.findall(r"^(\S[^\n]*\?)\n\n```sh[^\n]*\n(.*?)```", text, re.M | re.S)
     return {question: block.strip().splitlines() for question, block in blocks}
 
 

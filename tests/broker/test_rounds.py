@@ -56,7 +56,11 @@ async def test_a_round_from_open_to_the_next(rounds: Kit) -> None:
     assert (await broker.heartbeat("w", TTL_MS, {})).round_state == "training"
     await broker.finish_round(kit.learner, 1)
     await broker.finish_round(kit.learner, 1)
+    assert await broker.round_to_training(kit.coordinator, 1)  # again, for its answer was lost
+    assert (await broker.heartbeat("w", TTL_MS, {})).round_state == "none"
     await broker.open_round(kit.coordinator, "o2", 2)
+    assert await broker.round_to_training(kit.coordinator, 1)
+    assert (await broker.heartbeat("w", TTL_MS, {})).round_state == "open"
     backlog = await broker.backlog()
     assert (backlog.generated_tokens_round, backlog.finished_tokens_round) == (0, 0)
     (again, _) = await broker.take("w", 3, 2)

@@ -11,8 +11,8 @@ import psutil
 import pytest
 from redis.asyncio import Redis
 
+from ringasync.broker.address import with_tls
 from ringasync.broker.client import Broker
-from ringasync.broker.connection import with_tls
 from ringasync.config.load import load_config
 from ringasync.config.schema import Config
 from ringasync.errors import BrokerRefusedError, BrokerUnreachableError, ConfigError

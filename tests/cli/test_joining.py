@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import socket
 import subprocess
@@ -119,6 +120,35 @@ async def test_worker_of_another_schema_is_turned_away(broker: Broker, config_pa
     assert code == 3
     assert "run 'small' has schema 99, this process has 1: use the same build" in out
     assert await broker.sessions() == []
+
+
+async def test_a_role_waits_for_the_starting_model_where_it_is_told_to(
+    broker: Broker, config_path: Path
+) -> None:
+    config = load_config(config_path)
+    url = (config.run_dir / "redis" / "redis.url").read_text().strip()
+    record = RunRecord(
+        "small", str(config_path), config_hash(config), url, ""
+    )  # as while it is built
+    record.write(config.run_dir)
+    command = ("worker", str(config_path), "--set", "model.path=starter", "--redis-url", url)
+    code, out = await ringasync(*command)
+    assert code == 2
+    assert "holds no run that built one" in out
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "ringasync", *command, "--wait"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert process.stdout is not None
+    async with asyncio.timeout(90):
+        assert b"waiting for" in await process.stdout.readline()
+        dataclasses.replace(record, model="a/model").write(config.run_dir)
+        rest, _ = await process.communicate()
+    # It goes on to join, and is turned away there: another configuration than the run's.
+    assert process.returncode == 3
+    assert b"run 'small' has configuration" in rest
 
 
 async def test_redis_of_another_host_without_password_is_refused(config_path: Path) -> None:

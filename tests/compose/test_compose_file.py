@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from typer.main import get_group
 
 from ringasync.cli.main import app
@@ -51,8 +54,10 @@ def test_command_parses(name: str) -> None:
 
 @pytest.mark.parametrize("name", OWN)
 def test_all_roles_have_the_same_configuration(name: str) -> None:
-    given = [word for word in SERVICES[name]["command"][1:] if word != "--prepare"]
+    """All but the coordinator wait for the model that it builds: not every engine waits for it."""
+    *given, last = SERVICES[name]["command"][1:]
     assert given == SERVICES["coordinator"]["command"][1:-1]
+    assert last == ("--prepare" if name == "coordinator" else "--wait")
 
 
 @pytest.mark.parametrize("name", SERVICES)
@@ -84,15 +89,34 @@ def test_images_are_pinned() -> None:
 
 def test_image_runs_as_a_user() -> None:
     stage = DOCKERFILE[DOCKERFILE.index(" AS runtime") :]
-    assert re.findall(r"^USER (\S+)", stage, re.MULTILINE) == ["1000:1000"]
+    for target in re.split(r"^FROM ", stage, flags=re.MULTILINE):
+        assert re.findall(r"^USER (\S+)", target, re.MULTILINE)[-1:] in ([], ["1000:1000"])
+    assert "USER 1000:1000" in stage
     for service in OWN.values():
         assert "user" not in service
         assert service["cap_drop"] == ["ALL"]
 
 
 def test_image_has_the_pinned_versions() -> None:
-    assert DOCKERFILE.count("-c constraints.txt") == 2
+    installs = re.findall(r"pip install .*", DOCKERFILE)
+    assert len(installs) == 4
+    for line in installs:
+        assert "--no-deps" in line or re.search(r"-c constraints(-cuda)?\.txt", line), line
     assert (ROOT / "constraints.txt").read_text().count("\ntorch==") == 1
+
+
+def test_pins_of_the_cuda_image_are_what_its_extra_allows() -> None:
+    pins = dict(
+        line.split("==")
+        for line in (ROOT / "constraints-cuda.txt").read_text(encoding="utf-8").splitlines()
+        if not line.startswith("#")
+    )
+    pinned = {canonicalize_name(name): version for name, version in pins.items()}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["vllm"]]
+    for text in wanted:
+        one = Requirement(text)
+        assert one.specifier.contains(pinned[canonicalize_name(one.name)]), text
 
 
 def test_copied_paths_reach_the_build() -> None:

@@ -190,7 +190,7 @@ async def test_groups_that_a_rollback_brought_back_are_not_fed_twice(
     await client.delete(keys.group("g000001"), keys.rollout("g000001.0"), keys.rollout("g000001.1"))
     await client.srem(keys.live, "g000001")
     await client.hset(keys.meta, "cursor", Cursor().to_json())
-    await feeder.refresh()
+    await feeder.restore()
     await feeder.feed(3)
     assert sorted((await fed_indices(seat.broker)).values()) == [0, 1, 2]
 
@@ -210,6 +210,20 @@ async def test_an_empty_redis_goes_on_from_the_checkpoint(seat: Seat, config: Co
     after = Feeder(seat, words_source(config))
     await after.restore()
     assert await after.feed(3) == ["g000003r1", "g000005r1", "g000006r1"]
+
+
+async def test_a_redis_that_forgot_the_very_first_feeding_is_fed_again(
+    seat: Seat, config: Config
+) -> None:
+    """Found by simulation: with no cursor to go on from the feeder asked for ever."""
+    feeder = Feeder(seat, words_source(config))
+    await feeder.restore()
+    await feeder.feed(2)
+    await seat.broker.delete_run()
+    await seat.broker.create_run("", "hash", "pipelined")
+    assert await seat.take()
+    assert await feeder.feed(2) == []  # finds out
+    assert await feeder.feed(2) == ["g000000r1", "g000001r1"]
 
 
 def test_the_newest_checkpoint_is_that_of_the_latest_life(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from ringasync.coordinator.metrics_file import MetricsFile, encode_line, read_li
 from ringasync.coordinator.recorder import metrics_line, outcome_line
 from ringasync.coordinator.statistics import mean_interval
 from ringasync.coordinator.summary import build_summary, train_rewards, write_summary
-from ringasync.coordinator.tensorboard import NoScalars, TensorBoardScalars, numbers, open_scalars
 
 
 def step(number: int, at_ms: int, **more: Any) -> dict[str, Any]:
@@ -225,38 +224,3 @@ def test_wilson_stays_inside_zero_and_one_and_holds_the_mean(values: list[float]
     assert 0.0 <= interval.low <= interval.mean + 1e-12
     assert interval.mean - 1e-12 <= interval.high <= 1.0
     assert interval.high > interval.low  # never a certainty
-
-
-# TensorBoard
-
-
-def test_scalars_land_in_an_event_file(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-
-    writer = open_scalars(tmp_path / "tb", wanted=True)
-    assert isinstance(writer, TensorBoardScalars)
-    writer.add("train", {"step": 3, "loss": 0.5, "by": {"a": 1}, "name": "x", "ok": True}, 3, 9.0)
-    writer.flush()
-    writer.close()
-    [file] = (tmp_path / "tb").iterdir()
-    found = {
-        value.tag: (event.step, value.tensor.float_val[0] if value.tensor.float_val else 0.0)
-        for event in EventFileLoader(str(file)).Load()
-        for value in event.summary.value
-    }
-    assert found == {"train/loss": (3, 0.5), "train/by.a": (3, 1.0)}
-
-
-def test_numbers_leaves_out_what_is_none() -> None:
-    assert numbers({"step": 1, "a": 2, "b": None, "c": {"d": 1.5, "e": "x"}}) == [
-        ("a", 2.0),
-        ("c.d", 1.5),
-    ]
-
-
-def test_switched_off_writes_nothing(tmp_path: Path) -> None:
-    writer = open_scalars(tmp_path / "tb", wanted=False)
-    assert isinstance(writer, NoScalars)
-    writer.add("train", {"a": 1}, 1, 1.0)
-    writer.close()
-    assert not (tmp_path / "tb").exists()

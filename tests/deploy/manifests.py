@@ -36,8 +36,14 @@ def named(kind: str, suffix: str, manifests: list[Manifest]) -> Manifest:
 
 
 def pods(manifests: list[Manifest]) -> dict[str, Manifest]:
-    """Pod templates by component."""
+    """Pod templates by component; of a learner on several nodes that of node 0."""
     templates = [
-        each["spec"]["template"] for each in manifests if "template" in each.get("spec", {})
+        template
+        for each in manifests
+        for spec in [each.get("spec", {})]
+        for template in [
+            spec.get("template") or spec.get("leaderWorkerTemplate", {}).get("leaderTemplate")
+        ]
+        if template
     ]
     return {each["metadata"]["labels"]["app.kubernetes.io/component"]: each for each in templates}

@@ -5,26 +5,32 @@ Needs the extra ``dev``; without it these tests are skipped.
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from .manifests import CHART, MANIFESTS, ROOT, Manifest, named, parsed, pods, shipped
+from .chart import KUBERNETES, Render, documents, helm, kubernetes_validate
+from .manifests import CHART, MANIFESTS, Manifest, named, pods, shipped
 
-helm = pytest.importorskip("helm_python", reason="no helm: pip install 'ringasync[dev]'")
-kubernetes_validate = pytest.importorskip("kubernetes_validate")
-
-KUBERNETES = ("1.28", "1.37")
 EXTERNAL = {"redis": {"enabled": False, "externalUrl": "rediss://redis.example:6380/0"}}
+SENTINELS = "redis+sentinel://s1:26379,s2:26379/mymaster?db=2"
+CLUSTER = "rediss+cluster://n1:6379,n2:6379"
+
+
+def external(url: str) -> dict[str, Any]:
+    return {"redis": {"enabled": False, "externalUrl": url}}
+
+
 VALUES: dict[str, dict[str, Any]] = {
     "defaults": {},
     "external-redis": EXTERNAL,
+    "sentinels": external(SENTINELS),
+    "cluster": external(CLUSTER),
     "own-secret": {"redis": {"auth": {"password": 'with "quotes"'}}},
     "no-keda": {"worker": {"keda": {"enabled": False}}},
+    "learner-nodes": {"learner": {"nodes": 2}, "networkPolicy": {"metricsNamespace": "monitoring"}},
+    "no-metrics": {"metrics": {"port": 0}},
     "bare": {
         "networkPolicy": {"enabled": False},
         "storage": {"existingClaim": "mine"},
@@ -32,24 +38,6 @@ VALUES: dict[str, dict[str, Any]] = {
         "learner": {"livenessProbe": {"exec": {"command": ["true"]}}},
     },
 }
-
-Render = Callable[..., dict[str, str]]
-
-
-@pytest.fixture(scope="module")
-def render() -> Render:
-    spec = importlib.util.spec_from_file_location("deploy_render", ROOT / "deploy" / "render.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    made: Render = module.render
-    return made
-
-
-def documents(files: dict[str, str]) -> list[Manifest]:
-    return [each for text in files.values() for each in parsed(text)]
 
 
 def is_official(manifest: Manifest) -> bool:
@@ -86,7 +74,7 @@ def test_schema_check_can_fail() -> None:
         kubernetes_validate.validate(worker, KUBERNETES[0], strict=True)
 
 
-@pytest.mark.parametrize("case", ["defaults", "external-redis"])
+@pytest.mark.parametrize("case", ["defaults", "external-redis", "sentinels", "cluster"])
 def test_scaling_fits_the_schema_of_keda(render: Render, case: str) -> None:
     """Read by models made from KEDA's CRDs and written again: what they do not know is lost."""
     keda = pytest.importorskip("cloudcoil.models.keda.v1alpha1")
@@ -109,6 +97,40 @@ def test_external_redis_is_used_everywhere(render: Render) -> None:
         assert trigger["metadata"]["enableTLS"] == "true"
 
 
+@pytest.mark.parametrize(
+    ("url", "kind", "metadata"),
+    [
+        (
+            SENTINELS,
+            "redis-sentinel-streams",
+            {"addresses": "s1:26379,s2:26379", "sentinelMaster": "mymaster", "databaseIndex": "2"},
+        ),
+        (
+            CLUSTER,
+            "redis-cluster-streams",
+            {"addresses": "n1:6379,n2:6379", "enableTLS": "true"},
+        ),
+    ],
+)
+def test_redis_of_several_servers_is_used_everywhere(
+    render: Render, url: str, kind: str, metadata: dict[str, str]
+) -> None:
+    made = documents(render(external(url)))
+    has_sentinels = "sentinelMaster" in metadata
+    for pod in pods(made).values():
+        [container] = pod["spec"]["containers"]
+        assert f"--redis-url={url}" in container["args"]
+        names = {each["name"] for each in container["env"]}
+        assert ("RINGASYNC_SENTINEL_PASSWORD" in names) is has_sentinels
+    for trigger in named("ScaledObject", "worker", made)["spec"]["triggers"]:
+        assert trigger["type"] == kind
+        ours = {"stream", "streamLength"}
+        assert {k: v for k, v in trigger["metadata"].items() if k not in ours} == metadata
+        assert ours < set(trigger["metadata"])
+    egress = named("NetworkPolicy", "roles", made)["spec"]["egress"]
+    assert ({"protocol": "TCP", "port": 26379} in egress[1]["ports"]) is has_sentinels
+
+
 def test_grace_follows_the_drain(render: Render) -> None:
     made = documents(render({"worker": {"drainTimeoutSeconds": 100}}))
     worker = named("Deployment", "worker", made)["spec"]["template"]["spec"]
@@ -125,12 +147,23 @@ def test_password_of_the_values_becomes_the_secret(render: Render) -> None:
 
 @pytest.mark.parametrize(
     ("values", "named_in_message"),
-    [({"redis": {"enabled": False}}, "redis.externalUrl"), ({"model": ""}, "model: a hub name")],
+    [
+        ({"redis": {"enabled": False}}, "redis.externalUrl"),
+        ({"model": ""}, "model: a hub name"),
+        (external("http://h"), "write redis://HOST:PORT/0"),
+        (external("redis://:secret@h:6379/0"), "without user and password"),
+        (external("redis+sentinel://s1:26379"), "name the Sentinels' master"),
+        ({"worker": {"replica": 3}}, r"at '/worker'.*additional properties 'replica' not allowed"),
+        ({"learner": {"nodes": "two"}}, r"at '/learner/nodes'.*want integer"),
+        ({"redis": {"storage": "20 GB"}}, r"at '/redis/storage'.*does not match pattern"),
+        ({"run": "my run"}, r"at '/run'.*does not match pattern"),
+        ({"image": {"pullPolicy": "always"}}, r"at '/image/pullPolicy'.*one of"),
+    ],
 )
-def test_missing_values_are_named(
+def test_missing_or_wrong_values_are_named(
     render: Render, values: dict[str, Any], named_in_message: str
 ) -> None:
-    with pytest.raises(helm.HelmError, match=named_in_message):
+    with pytest.raises(helm.HelmError, match=f"(?s){named_in_message}"):
         render(values)
 
 
@@ -138,5 +171,6 @@ def test_rendering_leaves_the_chart_alone() -> None:
     assert {path.name for path in Path(CHART).iterdir()} == {
         "Chart.yaml",
         "templates",
+        "values.schema.json",
         "values.yaml",
     }

@@ -13,11 +13,13 @@ from pathlib import Path
 import pytest
 import redis
 
+from learner.nodes import START_TIMEOUT_S
 from ringasync.broker.connection import check_server
 from ringasync.broker.embedded import find_redis_server
 from ringasync.broker.keys import Keys
 from ringasync.config.load import config_hash, load_config
 from ringasync.config.schema import Config
+from ringasync.observability.exporter import ports_of
 from ringasync.runtime.roles import LEARNER_DRAIN_TIMEOUT_S
 
 from .manifests import ROLES, Manifest, named, parsed, pods, shipped
@@ -69,6 +71,23 @@ def test_workers_are_scaled_by_the_streams_they_take_from(configs: dict[str, Con
     worker = named("Deployment", "worker", MANIFESTS)
     assert scaled["scaleTargetRef"]["name"] == worker["metadata"]["name"]
     assert "replicas" not in worker["spec"], "KEDA and the manifest would overrule each other"
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_probes_ask_what_the_role_serves(role: str, configs: dict[str, Config]) -> None:
+    """And none of them asks Redis: a pod is not killed because that is away."""
+    only, metrics = container(role), configs[role].metrics
+    assert only["ports"] == [{"name": "metrics", "containerPort": ports_of(metrics, role)[0]}]
+    assert metrics.host == "0.0.0.0"  # noqa: S104  the kubelet asks the pod's address
+    asked = {name: only[f"{name}Probe"]["httpGet"] for name in ("startup", "liveness", "readiness")}
+    assert {name: probe["path"] for name, probe in asked.items()} == {
+        "startup": "/livez",
+        "liveness": "/livez",
+        "readiness": "/healthz",
+    }
+    assert {probe["port"] for probe in asked.values()} == {"metrics"}
+    startup = only["startupProbe"]
+    assert startup["periodSeconds"] * startup["failureThreshold"] > START_TIMEOUT_S
 
 
 @pytest.mark.parametrize("role", [*ROLES, "redis"])

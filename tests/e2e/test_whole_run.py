@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from learner.journal import Journal
+from ringasync.broker.core import text
 from tests.e2e.tiny_run import TinyRun, ringasync, started, tiny_settings
 
 MAX_GAP_NATS = 1e-4
@@ -116,18 +117,45 @@ async def resumed_elsewhere(run: TinyRun) -> list[str]:
     return found
 
 
+async def half_done(run: TinyRun, pid: int) -> list[str]:
+    """Rollouts with accepted tokens that the worker of this process holds for generation."""
+    found = []
+    async with run.broker() as broker:
+        for session in await broker.sessions():
+            if session["role"] != "worker" or session["pid"] != str(pid):
+                continue
+            leases = await broker.client.smembers(broker.keys.leases(session["id"]))
+            for rollout in map(text, leases):
+                fields = await broker.rollout(rollout) or {}
+                if fields.get("state") == "leased" and int(fields["tokens"]) > 0:
+                    found.append(rollout)
+    return found
+
+
+def kill_with_half_done(run: TinyRun) -> bool:
+    """Kill a worker if it holds half-done rollouts; it is held still while that is looked up."""
+    pids = run.role_pids("worker")
+    if len(pids) < 2:
+        return False  # somebody must live to resume them
+    os.kill(pids[0], signal.SIGSTOP)
+    lost = asyncio.run(half_done(run, pids[0]))
+    os.kill(pids[0], signal.SIGKILL if lost else signal.SIGCONT)
+    return lost != []
+
+
 def test_every_role_is_killed_and_the_run_goes_on(tmp_path: Path, tiny_model: Path) -> None:
     settings = tiny_settings(
         tmp_path, tiny_model, learner__steps=20
     )  # more than pass while a busy machine kills
     with started(tmp_path, settings) as run:
-        for number, role in enumerate(["worker", "learner", "coordinator", "worker", "learner"]):
-            at_least = 1 + 2 * number
+        run.wait_until(partial(has_done, run, 1), "step 1")
+        run.wait_until(partial(kill_with_half_done, run), "a worker with half-done rollouts")
+        run.wait_until(lambda: asyncio.run(resumed_elsewhere(run)) != [], "a resumption")
+        for number, role in enumerate(["learner", "coordinator", "worker", "learner"]):
+            at_least = 3 + 2 * number
             run.wait_until(partial(has_done, run, at_least), f"step {at_least}")
             run.wait_until(partial(has_role, run, role), f"a {role}")
             os.kill(run.role_pids(role)[0], signal.SIGKILL)
-            if number == 0:
-                run.wait_until(lambda: asyncio.run(resumed_elsewhere(run)) != [], "a resumption")
         assert run.wait(300) == 0, run.tail()
         check_finished(run, 20)
 

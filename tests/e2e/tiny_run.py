@@ -20,7 +20,7 @@ import tomli_w
 from ringasync.broker.client import Broker
 
 ALPHABET = "abcdefghijklmnop0123456789 =?"
-_REWARD = '''
+REWARD_MODULE = '''
 def share_of_early_letters(task, response):
     """Reward in [0, 1] that a random model meets halfway: letters a..h among all letters."""
     letters = [c for c in response if c.isalpha()]
@@ -65,7 +65,7 @@ def tiny_settings(folder: Path, model: Path, **overrides: Any) -> dict[str, Any]
     rows = [{"prompt": f"{chr(97 + i % 16)}{i % 10}=?", "answer": ""} for i in range(160)]
     data = folder / "prompts.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    (folder / "e2e_reward.py").write_text(_REWARD, encoding="utf-8")
+    (folder / "e2e_reward.py").write_text(REWARD_MODULE, encoding="utf-8")
     settings: dict[str, Any] = {
         "run": {"name": "tiny", "dir": str(folder / "runs"), "seed": 1},
         "model": {"path": str(model), "max_model_len_tokens": 96},

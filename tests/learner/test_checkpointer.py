@@ -6,7 +6,7 @@ import asyncio
 import resource
 import subprocess
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from ringasync.broker.client import Broker
 from ringasync.broker.types import Fence
 from ringasync.config.schema import Config
 from ringasync.errors import CheckpointError, FencedError
-from tests.conftest import CONFIG_HASH, RedisServer
+from tests.conftest import RedisServer
 
 from .checkpoint_kit import load_checkpoint, newest_checkpoint, snapshot
 from .kit import Feeder, LearnerProcess, check_ledger, config_path, tiny_backend, toy_batch, until
@@ -68,16 +68,6 @@ class Saving:
             yield gate
         finally:
             gate.set()
-
-
-@pytest.fixture
-async def run(any_redis: RedisServer, run_name: str) -> AsyncIterator[tuple[Broker, Fence]]:
-    """A run with the learner's lock."""
-    broker = await Broker.connect(any_redis.url, run_name)
-    await broker.create_run("", CONFIG_HASH, "rounds")
-    yield broker, await broker.acquire_lock("learner", "test", TTL_MS)
-    await broker.delete_run()
-    await broker.close()
 
 
 async def test_training_goes_on_while_the_disk_is_slow(

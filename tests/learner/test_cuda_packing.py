@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -9,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from learner.backends import flash4
 from learner.backends.collate import collate
 from learner.backends.extra_terms import TermTotals
-from learner.backends.packing import Packing, packed_attention
+from learner.backends.packing import Packing, choose_packing, packed_attention
 from learner.backends.step_timer import StepTimer
 from learner.backends.torch_backend import TorchBackend, TorchSettings
 from ringasync.config.schema import LossConfig
@@ -46,12 +48,43 @@ def attend(attention: str, dtype: torch.dtype, heads: int, kv_heads: int) -> lis
     return [output.float(), *(one.grad.float() for one in (q, k, v) if one.grad is not None)]
 
 
+@pytest.fixture(params=["torch", "flash4"])
+def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The setting, where it can be had; torch's own afterwards."""
+    if request.param == "flash4" and not flash4.installed():
+        pytest.skip("flash-attn-4 is not installed")
+    model = small("qwen3", head_dim=64)
+    cuda = torch.device("cuda")
+    assert choose_packing(model.to(cuda), "auto", cuda, torch.bfloat16, request.param) == "varlen"
+    assert flash4.is_used() == (request.param == "flash4")
+    yield request.param
+    choose_packing(model, "auto", cuda, torch.bfloat16, "torch")
+    assert not flash4.is_used()
+
+
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (8, 2)])
-def test_varlen_is_attention_of_each_sequence(heads: int, kv_heads: int) -> None:
+def test_varlen_is_attention_of_each_sequence(kernel: str, heads: int, kv_heads: int) -> None:
     exact = attend("sequences", torch.float32, heads, kv_heads)
     found = attend("varlen", torch.bfloat16, heads, kv_heads)
     for one, other in zip(found, exact, strict=True):
         assert float((one - other).norm() / other.norm()) < 0.01
+
+
+@pytest.mark.skipif(not flash4.installed(), reason="flash-attn-4 is not installed")
+@pytest.mark.parametrize(("off", "said"), [(0.03, "off by 3.0e-02"), (float("nan"), "nan")])
+def test_a_kernel_with_other_numbers_is_not_used(off: float, said: str) -> None:
+    assert said in flash4.use_flash4(True, torch.device("cuda"), lambda: off)
+    assert not flash4.is_used()
+
+
+@pytest.mark.skipif(not flash4.installed(), reason="flash-attn-4 is not installed")
+def test_a_kernel_that_fails_is_not_used() -> None:
+    def fail() -> float:
+        raise RuntimeError("no such head")
+
+    assert "no such head" in flash4.use_flash4(True, torch.device("cuda"), fail)
+    assert not flash4.is_used()
 
 
 @pytest.mark.parametrize("packing", ["auto", "sequences"])
@@ -140,7 +173,7 @@ def test_no_micro_batch_waits_for_the_device() -> None:
     torch.cuda.set_sync_debug_mode("error")
     try:
         done = [
-            backend._accumulation.add(micro, None, one, totals, timer)
+            backend._accumulation.add(micro, None, one, totals, timer, is_last=micro is micros[-1])
             for micro, one in zip(micros, fixed, strict=True)
         ]
     finally:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import pickle
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from learner.backends.tensor_files import read_model, read_tensors, write_tensors
 from ringasync.errors import CheckpointError
@@ -47,6 +48,30 @@ def test_an_index_that_names_a_function_is_refused_and_nothing_is_called(tmp_pat
     assert not trace.exists()
     pickle.loads(index.read_bytes())  # noqa: S301 - torch's own reader would have called it
     assert trace.exists()
+
+
+def write_with(monkeypatch: pytest.MonkeyPatch, folder: Path, *call: Any) -> None:
+    """Write a checkpoint whose index has a call of ``getattr`` for each memory format."""
+    with monkeypatch.context() as patch:
+        patch.setattr(_MEM_FORMAT_ENCODING, "__reduce_ex__", lambda *_: (getattr, call))
+        write_tensors({"model.w": torch.ones(3)}, folder)
+    assert b"getattr" in (folder / ".metadata").read_bytes()
+
+
+def test_an_index_as_python_3_11_0_to_3_11_3_write_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_with(monkeypatch, tmp_path, _MEM_FORMAT_ENCODING, "TORCH_CONTIGUOUS_FORMAT")
+    assert read_tensors(tmp_path)["model.w"].tolist() == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("call", [(PosixPath, "unlink"), (_MEM_FORMAT_ENCODING, "__class__")])
+def test_of_anything_else_no_attribute_is_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: tuple[Any, str]
+) -> None:
+    write_with(monkeypatch, tmp_path, *call)
+    with pytest.raises(CheckpointError, match="as no index does"):
+        read_tensors(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", pickle.dumps([1]), pickle.dumps(Path("x"))])

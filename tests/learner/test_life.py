@@ -145,9 +145,11 @@ async def test_broken_records_are_quarantined_with_the_reason(
     client: Any = feeder.broker.client
     await client.lset(segments(f"{ids[0]}.2"), 0, b"\x81\xa1k\x00cut short")
     await client.rpush(segments(f"{ids[4]}.0"), await client.lindex(segments(f"{ids[4]}.0"), 0))
+    await client.hset(feeder.broker.keys.group(ids[7]), "prompt_ids", "[1, -2]")
     async with learner_of(feeder, any_redis) as learner:
         assert await learner.wait() == 0, learner.log()
-    for broken, why in ((ids[0], "not msgpack"), (ids[4], "starts at 0")):
+    whys = ((ids[0], "not msgpack"), (ids[4], "starts at 0"), (ids[7], "prompt_ids must lie in"))
+    for broken, why in whys:
         group = await feeder.broker.group(broken)
         assert group is not None
         assert group["state"] == "quarantined"

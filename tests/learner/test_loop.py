@@ -54,6 +54,7 @@ async def test_trains_to_the_end(feeder: Feeder, tmp_path: Path, any_redis: Redi
     assert all(row["budget_fill"] == 1.0 and row["role"] == "learner" for row in metrics)
     assert metrics[0]["staleness_tokens"] == {"0": 120}
     assert all(row["train_tflop"] > 0 for row in metrics)
+    assert all(row["announce_s"] > 0 for row in metrics)
     # A median takes five norms before it.
     assert all(row["grad_norm_spike"] == 0 and row["grad_norm_median"] is None for row in metrics)
     assert [session["role"] for session in await feeder.broker.sessions()] == ["worker"]

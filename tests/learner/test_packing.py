@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from learner.backends import flash4
 from learner.backends.base import StepResult
 from learner.backends.collate import collate
 from learner.backends.packing import choose_packing, packing_problem, use_packed_attention
@@ -226,3 +227,13 @@ def test_routing_of_packed_rows_stands_where_its_tokens_stand() -> None:
     assert first == micro.input_ids.shape[1]
     cut = replace(batch, items=batch.items[:1])
     assert len(collate(cut, microbatch_tokens=1, normalizer="budget", packing="sequences")) == 1
+
+
+@pytest.mark.skipif(flash4.installed(), reason="flash-attn-4 is installed")
+def test_flash_attention_4_that_is_missing_is_told_and_not_used() -> None:
+    def probe() -> float:
+        raise AssertionError("nothing to probe")
+
+    assert "extra `flash`" in flash4.use_flash4(True, CPU, probe)
+    assert not flash4.is_used()
+    assert flash4.use_flash4(False, CPU, probe) == ""

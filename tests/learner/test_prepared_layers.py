@@ -90,3 +90,31 @@ def test_compiled_layers_make_the_same_step() -> None:
     for changes in ({"activation_checkpointing": True}, {"packing": "off"}):
         learner: dict[str, Any] = {"microbatch_tokens": 60, "compile": True, **changes}
         check_same_step(stepped(tiny_model(), toy_batch(), CHUNK, learner=learner), expected)
+
+
+@pytest.mark.parametrize(("kind", "off"), [("dense", 0.1), ("moe", 0.3)])
+def test_residuals_are_in_the_dtype_of_the_forwards_if_asked(kind: str, off: float) -> None:
+    """Else autocast leaves them in float32. The step is the same but for the rounding, by which
+    tokens may go to other experts too."""
+    steps, seen = {}, set[torch.dtype]()
+    for residual in ("float32", "model"):
+        model = tiny_model() if kind == "dense" else tiny_moe()
+        learner = {"residual_dtype": residual, "microbatch_tokens": 60}
+        steps[residual] = stepped(model, toy_batch(), CHUNK, dtype=torch.bfloat16, learner=learner)
+        seen.clear()
+        for layer in model.base_model.layers:  # type: ignore[union-attr]
+            layer.register_forward_hook(lambda _layer, _args, output: seen.add(output.dtype))
+        steps[residual][2].train_batch(toy_batch())
+        assert seen == {torch.float32 if residual == "float32" else torch.bfloat16}
+    (fine, gradients, _), (coarse, rounded, _) = steps.values()
+    assert coarse.grad_norm != fine.grad_norm
+    assert coarse.grad_norm == pytest.approx(fine.grad_norm, rel=0.05)
+    for name, gradient in gradients.items():
+        assert rounded[name].dtype == torch.float32
+        assert float((rounded[name] - gradient).norm()) <= off * float(gradient.norm()), name
+
+
+def test_residuals_stay_as_they_are_in_float32_runs() -> None:
+    learner = {"residual_dtype": "model", "microbatch_tokens": 60}
+    plain = stepped(tiny_model(), toy_batch(), CHUNK, learner={"microbatch_tokens": 60})
+    check_same_step(stepped(tiny_model(), toy_batch(), CHUNK, learner=learner), plain)

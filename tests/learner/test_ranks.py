@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
 
-from learner.backends.base import Backend
 from learner.backends.tensor_files import read_tensors
-from ringasync.config.schema import LearnerConfig, LossConfig
+from ringasync.config.schema import LossConfig
 from ringasync.errors import CheckpointError
 
-from .backend_contract import BackendContract, learner_config
+from .backend_contract import learner_config
 from .kit import toy_batch
+from .ranks_contract import DENSE_TERMS, ROUTERS, ContractOnTwoRanks, close
 from .ranks_kit import TwoRanks, build, keep_gradients, spec_of, two_ranks
 
 RELATIVE = 1e-5
@@ -27,28 +27,8 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoRanks]:
         yield made
 
 
-class TestShardedTorchBackend(BackendContract):
-    ranks: ClassVar[TwoRanks]
-
-    @pytest.fixture(autouse=True, scope="class")
-    @classmethod
-    def _on(cls, ranks: TwoRanks) -> None:
-        cls.ranks = ranks
-
-    def make(
-        self,
-        learner: LearnerConfig | None = None,
-        loss: LossConfig | None = None,
-        *,
-        temperature: float = 1.0,
-    ) -> Backend:
-        return self.ranks.make(spec_of(learner, loss, temperature=temperature))
-
-
-def _close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Within 1e-5 of the largest value: an element near zero is a difference of large ones."""
-    scale = float(expected.abs().max())
-    assert float((found - expected).abs().max()) <= RELATIVE * scale
+class TestShardedTorchBackend(ContractOnTwoRanks):
+    """FSDP2."""
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -68,14 +48,9 @@ CASES: dict[str, dict[str, Any]] = {
     "padded": {"learner": {"microbatch_tokens": 48, "packing": "off"}},
     "all dense terms": {
         "learner": {"microbatch_tokens": 48},
-        "loss": {"kl_coef": 0.1, "entropy_coef": 0.01, "normalizer": "sequence"},
+        "loss": DENSE_TERMS,
     },
-    "routers": {
-        "model": "moe",
-        "count": 5,
-        "learner": {"microbatch_tokens": 1, "freeze_router": "none"},
-        "loss": {"router_balance_coef": 0.1, "router_z_coef": 0.1},
-    },
+    "routers": ROUTERS,
 }
 
 
@@ -110,7 +85,7 @@ def test_losses_and_gradients_of_two_ranks_are_those_of_one(
             assert two == pytest.approx(one, rel=1e-4, abs=1e-5, nan_ok=True)
     assert gradients.keys() == expected_gradients.keys()
     for name, gradient in expected_gradients.items():
-        _close(gradients[name], gradient)
+        close(gradients[name], gradient, RELATIVE)
 
 
 def test_a_checkpoint_of_two_ranks_goes_on_at_one_and_back(ranks: TwoRanks, tmp_path: Path) -> None:

@@ -5,13 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from learner.launch import first_to_go
@@ -22,103 +17,11 @@ from .checkpoint_kit import newest_checkpoint
 from .kit import (
     Feeder,
     LearnerProcess,
-    check_ledger,
     config_path,
     tiny_model,
-    until,
     write_config,
 )
-
-PROMPT_S = 12.0
-"""From the death of one process to the end of the last: seconds, on a loaded machine."""
-
-
-class RankedLearner:
-    """``python -m learner`` on two ranks, with its launcher."""
-
-    def __init__(self, config: Path, url: str, *extra: str) -> None:
-        self.log_path = config.with_suffix(".log")
-        with self.log_path.open("ab") as log:
-            self.process = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "learner", str(config), "--redis-url", url),
-                    *("--set", "learner.ranks=2", *extra),
-                ],
-                stdout=log,
-                stderr=log,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-                | {"CUDA_VISIBLE_DEVICES": ""},
-                start_new_session=True,
-            )
-        self.launcher = psutil.Process(self.process.pid)
-        self.ranks: list[psutil.Process] = []
-
-    def find_ranks(self) -> bool:
-        """Whether both ranks have begun; keeps them in order."""
-        found = {}
-        for child in self.launcher.children():
-            try:
-                found[child.environ().get("RANK", "")] = child
-            except psutil.Error:
-                return False
-        found.pop("", None)
-        self.ranks = [found[key] for key in sorted(found)]
-        return len(self.ranks) == 2
-
-    def log(self) -> str:
-        """What all of them wrote."""
-        return self.log_path.read_text(encoding="utf-8", errors="replace")[-8000:]
-
-    async def ended(self) -> int:
-        """The launcher's exit code, once no process is left; fails where that takes long."""
-        began_s = time.monotonic()
-
-        async def gone() -> bool:
-            return self.process.poll() is not None and not any(
-                one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in self.ranks
-            )
-
-        await until(gone, f"the end of all processes:\n{self.log()}", PROMPT_S)
-        assert time.monotonic() - began_s < PROMPT_S
-        return int(self.process.returncode)
-
-    def kill(self) -> None:
-        """Leave nothing behind."""
-        for one in (*self.ranks, self.launcher):
-            try:
-                one.kill()
-            except psutil.NoSuchProcess:
-                continue
-        self.process.wait()
-
-
-@pytest.fixture
-def started() -> Iterator[list[RankedLearner]]:
-    learners: list[RankedLearner] = []
-    yield learners
-    for one in learners:
-        one.kill()
-
-
-async def _training(
-    feeder: Feeder, url: str, started: list[RankedLearner], step: int
-) -> RankedLearner:
-    """A learner of two ranks that has trained ``step`` batches."""
-    learner = RankedLearner(config_path(feeder), url)
-    started.append(learner)
-
-    async def begun() -> bool:
-        assert learner.process.poll() is None, learner.log()
-        return learner.find_ranks()
-
-    await until(begun, "both ranks", 60)
-
-    async def trained() -> bool:
-        assert learner.process.poll() is None, learner.log()
-        return await feeder.step() >= step
-
-    await until(trained, f"step {step}", 60)
-    return learner
+from .ranked_learner import RankedLearner, begin_training, finished_alone, losses_alone
 
 
 async def test_two_ranks_train_and_one_goes_on_as_if_it_had_trained_all(
@@ -128,28 +31,19 @@ async def test_two_ranks_train_and_one_goes_on_as_if_it_had_trained_all(
     model_dir: Path,
     started: list[RankedLearner],
 ) -> None:
-    reference = await Feeder.make(any_redis.url, write_config(tmp_path, "alone", model_dir))
-    await reference.feed(14)
-    alone = LearnerProcess.start(config_path(reference), any_redis.url)
-    assert await alone.wait() == 0, alone.log()
-    expected = {row["step"]: row["loss"] for row in await reference.metrics()}
-    await reference.close()
+    expected = await losses_alone(any_redis.url, tmp_path, model_dir, 14)
 
     await feeder.feed(6)  # two batches and some
-    both = await _training(feeder, any_redis.url, started, 2)
+    both = await begin_training(feeder, any_redis.url, started, 2)
     os.kill(both.process.pid, signal.SIGTERM)
     assert await both.ended() == 0, both.log()
     assert newest_checkpoint(feeder).meta.step == await feeder.step()
     first = {row["step"] for row in await feeder.metrics()}
     await feeder.feed(8)
-    learner = LearnerProcess.start(config_path(feeder), any_redis.url)
-    assert await learner.wait() == 0, learner.log()
-    rows = await feeder.metrics()
-    assert {row["step"] for row in rows} == expected.keys() > first
+    rows = await finished_alone(feeder, any_redis.url, expected)
+    assert expected.keys() > first
     for row in rows:
-        assert row["loss"] == pytest.approx(expected[row["step"]], rel=1e-5, abs=1e-7)
         assert ("2 ranks" in row["arithmetic"]) == (row["step"] in first)
-    await check_ledger(feeder, 5 * 120)
 
 
 def test_the_rank_that_took_the_others_along_is_found_among_those_gone_at_once() -> None:
@@ -166,7 +60,7 @@ async def test_a_killed_process_ends_the_job_promptly(
     whom: str, feeder: Feeder, any_redis: RedisServer, started: list[RankedLearner]
 ) -> None:
     await feeder.feed(3)
-    learner = await _training(feeder, any_redis.url, started, 1)
+    learner = await begin_training(feeder, any_redis.url, started, 1)
     victim = learner.launcher if whom == "launcher" else learner.ranks[int(whom[-1])]
     victim.kill()
     code = await learner.ended()

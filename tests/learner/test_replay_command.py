@@ -30,6 +30,7 @@ from .moe_kit import tiny_moe
 ROOT = Path(__file__).parents[2]
 STEPS = 5
 OF_THE_RUN = {"role", "stream", "replayed", "step_s", "tokens_per_s"} | {
+    "announce_s",
     "checkpoint_step",
     "checkpoints_failed",
     "grad_norm_spike",  # of the learner's own window of norms

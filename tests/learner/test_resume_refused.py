@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 from learner.checkpoint import list_checkpoints
-from ringasync.errors import CheckpointError, JournalError
+from learner.rank_process import LAUNCHER_PID_VARIABLE
+from ringasync.errors import CheckpointError, ConfigError, JournalError
 
 from ..conftest import RedisServer
 from .checkpoint_kit import newest_checkpoint
-from .kit import Feeder, LearnerProcess, check_ledger, config_path, tiny_model
+from .kit import (
+    Feeder,
+    LearnerProcess,
+    check_ledger,
+    config_path,
+    tiny_model,
+    write_config,
+)
 
 
 async def killed_behind_a_checkpoint(feeder: Feeder, url: str) -> list[Path]:
@@ -57,3 +68,23 @@ async def test_a_checkpoint_of_another_model(
     assert "of another model: tensors ['lm_head.weight']" in learner.log()
     assert list_checkpoints(feeder.config.run_dir / "checkpoints") == before
     await ends_well(feeder, any_redis.url)
+
+
+def test_a_world_of_another_size(any_redis: RedisServer, tmp_path: Path, model_dir: Path) -> None:
+    path = write_config(tmp_path, "world", model_dir)
+    told = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1"}
+    begun = subprocess.run(
+        [
+            *(sys.executable, "-m", "learner", str(path), "--redis-url", any_redis.url),
+            *("--set", "learner.ranks=2"),
+        ],
+        env=os.environ | told | {LAUNCHER_PID_VARIABLE: str(os.getpid())},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert begun.returncode == ConfigError.exit_code, begun.stderr
+    assert "learner.ranks = 2, but 3 ranks were started: start them by `ringasync up`" in (
+        begun.stderr
+    )
+    assert "Traceback" not in begun.stderr

@@ -16,8 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from learner.backends.base import StepResult
+from learner.backends.collate import Positions
 from learner.backends.step_timer import StepTimer
-from learner.backends.token_scores import head_problem
+from learner.backends.token_scores import TokenScores, head_problem
 from learner.backends.torch_backend import TorchBackend, TorchSettings
 from learner.batch import TrainBatch
 from ringasync.config.schema import LossConfig
@@ -115,6 +116,34 @@ def test_chunks_make_the_same_step_under_routing_replay() -> None:
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=2e-6, msg=name)
     own, _, _ = stepped(tiny_moe(), toy_batch(), CHUNK)
     assert not np.allclose(own.tokens.log_ratio, chunked.tokens.log_ratio, atol=1e-4)
+
+
+@pytest.mark.parametrize(("widest", "runs"), [(0, 3), (15, 3), (22, 4), (40, 6)])
+def test_the_head_runs_as_often_as_on_the_widest_rank(widest: int, runs: int) -> None:
+    """Of sharded weights it is gathered each time, by all ranks together; nothing else changes."""
+    model: Any = tiny_model(tied=False)
+    scores = TokenScores(model, torch.float32, CHUNK)
+    columns = torch.arange(15)
+    ids = torch.arange(16)[None] % VOCAB
+    wanted = Positions(ids, torch.zeros_like(columns), columns, ids[0, 1:], widest=widest)
+    expected, _ = scores.score(replace(wanted, widest=0), 0.8)
+    expected.sum().backward()  # type: ignore[no-untyped-call]
+    gradients = [one.grad.clone() for one in model.parameters()]
+    model.zero_grad()
+    shapes: list[int] = []
+    head = model.get_output_embeddings()
+    head.register_forward_hook(lambda _module, inputs, _output: shapes.append(len(inputs[0])))
+    found, entropy = scores.score(wanted, 0.8, entropy=True)
+    assert len(shapes) == runs
+    assert sum(shapes) == 15
+    found.sum().backward()  # type: ignore[no-untyped-call]
+    assert len(shapes) == 2 * runs  # each computed again
+    assert torch.equal(found, expected)
+    assert entropy.shape == (15,)
+    assert all(
+        torch.equal(one.grad, other)
+        for one, other in zip(model.parameters(), gradients, strict=True)
+    )
 
 
 @pytest.mark.parametrize("chunk_tokens", [0, CHUNK])

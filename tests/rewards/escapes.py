@@ -183,3 +183,8 @@ def mount(*_: Any) -> float:
     """Makes the root writable again."""
     remount_writable = 0x20 | 0x1000
     return float(ctypes.CDLL(None).mount(b"none", b"/", None, remount_writable, None) == 0)
+
+
+def has_proc(task: dict[str, Any], response: str) -> float:
+    """Whether the kernel's table of processes is there."""
+    return float(Path("/proc/self").exists())

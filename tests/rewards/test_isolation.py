@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
+import shutil
 import socket
 import time
 from collections.abc import AsyncIterator
@@ -16,7 +18,8 @@ import pytest
 
 from ringasync.errors import VerifierCrashError, VerifierError, VerifierTimeoutError
 from ringasync.rewards import isolation
-from ringasync.rewards.isolation import find_sandbox
+from ringasync.rewards import pool as pool_module
+from ringasync.rewards.isolation import Sandbox, find_sandbox
 from ringasync.rewards.pool import Isolation, VerifierPool, _Child
 
 MEMORY_BYTES = 512 << 20
@@ -65,14 +68,53 @@ async def pool() -> AsyncIterator[VerifierPool]:
     await until_no_process_is_left()
 
 
-@needs_sandbox
-@pytest.mark.parametrize(
-    "escape",
-    [
-        *("interfaces", "fork_bomb", "vfork_and_clone", "start_program", "fill_disk"),
-        *("secrets", "hidden_memory", "trace", "mount"),
-    ],
+ESCAPES = (
+    *("interfaces", "fork_bomb", "vfork_and_clone", "start_program", "fill_disk"),
+    *("secrets", "hidden_memory", "trace", "mount"),
 )
+
+
+@needs_sandbox
+async def test_every_escape_fails_in_the_form_for_containers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert isinstance(_found, Sandbox)
+    without_proc = dataclasses.replace(_found, has_proc=False)
+    monkeypatch.setattr(pool_module, "find_sandbox", lambda readable: without_proc)
+    monkeypatch.setenv("RINGASYNC_REDIS_PASSWORD", "hunter2")
+    pool = isolated_pool()
+    try:
+        for escape in ESCAPES:
+            assert await pool.verify(task_of(escape), "") == 0.0, escape
+        assert await pool.verify(task_of("has_proc"), "") == 0.0
+        assert await pool.verify(task_of("good"), "") == 0.5
+    finally:
+        await pool.close()
+    await until_no_process_is_left()
+
+
+@needs_sandbox
+def test_where_proc_is_forbidden_the_sandbox_goes_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A ``bwrap`` that says no to ``--proc``, as a container's does, and else is the real one."""
+    strict = tmp_path / "bwrap"
+    strict.write_text(
+        '#!/bin/sh\nfor word; do [ "$word" != --proc ] || exit 1; done\n'
+        f'exec {shutil.which("bwrap")} "$@"\n'
+    )
+    strict.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    isolation._tried.cache_clear()
+    try:
+        found = find_sandbox()
+    finally:
+        isolation._tried.cache_clear()
+    assert found == Sandbox(str(strict), has_proc=False)
+
+
+@needs_sandbox
+@pytest.mark.parametrize("escape", ESCAPES)
 async def test_an_escape_fails_and_the_pool_goes_on(
     pool: VerifierPool, monkeypatch: pytest.MonkeyPatch, escape: str
 ) -> None:

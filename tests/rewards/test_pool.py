@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
@@ -53,11 +54,11 @@ def _process_ids() -> set[int]:
     return found
 
 
-async def _until(condition: Callable[[], bool]) -> None:
+async def _until(condition: Callable[[], bool], pause_s: float = 0.01) -> None:
     deadline = time.monotonic() + _DEADLINE_S
     while not condition():
         assert time.monotonic() < deadline, "condition was never met"
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(pause_s)
 
 
 async def test_verdicts_are_floats_from_one_lasting_process(pool: VerifierPool) -> None:
@@ -205,6 +206,22 @@ async def test_closing_leaves_no_process_and_fails_what_waits() -> None:
     assert _process_ids() == set()
     with pytest.raises(VerifierCrashError, match="closed"):
         await pool.verify(task_of("good"), "x")
+
+
+@pytest.mark.parametrize("turns", range(6))
+async def test_closing_between_two_frames_fails_what_waits(turns: int) -> None:
+    """The job would read its next frame where the closing has begun to read what is left."""
+    pool = VerifierPool(1, 30.0, MEMORY_BYTES)
+    job = asyncio.create_task(pool.verify(task_of("hang"), "x"))
+    await _until(lambda: pool.stats.starts == 1, pause_s=0)  # before the next frame can be there
+    pipe = next(iter(pool._alive))._process._transport.get_pipe_transport(1)  # type: ignore[attr-defined]
+    assert select.select([pipe.get_extra_info("pipe")], [], [], _DEADLINE_S)[0]  # loop stands still
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    await pool.close()
+    with pytest.raises(VerifierCrashError, match=r"died|closed"):
+        await job
+    assert _process_ids() == set()
 
 
 async def test_the_pool_is_fast_enough_to_stay_out_of_the_way(

@@ -109,7 +109,9 @@ class Watch:
             self.lengths[rollout] = int(stop)
             self.accepted_tokens += int(items[7 * i + 5])
 
-    def _begin_incarnation(self, _args: tuple[Any, ...], _reply: Any) -> None:
+    def _begin_incarnation(self, _args: tuple[Any, ...], reply: Any) -> None:
+        if not isinstance(reply, int):
+            return  # it was refused
         self.holder = dict.fromkeys(self.holder, "nobody: a new incarnation began")
 
     def _commit(self, args: tuple[Any, ...], reply: Any) -> None:

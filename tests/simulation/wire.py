@@ -94,7 +94,9 @@ class Step:
 
 
 def _in_order(reply: Any) -> Any:
-    """Redis draws the order of a large hash anew in each process."""
+    """Redis draws the order of a large hash anew in each process, and Python that of a set."""
+    if isinstance(reply, set):
+        return sorted(reply)
     if isinstance(reply, list):
         return [_in_order(part) for part in reply]
     return dict(sorted(reply.items())) if isinstance(reply, dict) else reply

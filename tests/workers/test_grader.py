@@ -144,6 +144,9 @@ async def test_groups_become_ready_filtered_or_errors(real_broker: Broker, confi
     assert "within 2 s" in outcomes["g000004"].reason
     assert (await real_broker.audit()).balanced
     assert grader.status()["grade_verdicts"] == 4
+    stall = str(grader.status()["stall"])
+    assert "bad_verifiers:hang' on g000004." in stall
+    assert "within 2 s, killed" in stall
 
 
 async def test_samples_hold_the_decoded_text(real_broker: Broker, config: Config) -> None:
@@ -156,21 +159,24 @@ async def test_samples_hold_the_decoded_text(real_broker: Broker, config: Config
     assert "hello" in json.dumps(await real_broker.samples(10))
 
 
-async def test_a_broken_segment_is_quarantined_with_its_reason(
+async def test_broken_segments_and_tasks_are_quarantined_with_their_reason(
     real_broker: Broker, config: Config
 ) -> None:
-    await _finish(real_broker, [_group(1, "good"), _group(2, "good")])
+    await _finish(real_broker, [_group(number, "good") for number in (1, 2, 3)])
     key = real_broker.keys.segments("g000001.0")
     redis: Any = real_broker.client
     await redis.lset(key, 0, (await redis.lindex(key, 0))[:-3])
+    await redis.hset(real_broker.keys.group("g000003"), "task", '{"verifier": ')
 
     async def all_ended() -> bool:
-        return len(await _ends(real_broker)) == 2
+        return len(await _ends(real_broker)) == 3
 
     await _run_until(Grader(real_broker, config, _decode, lambda: "g"), all_ended)
-    assert await _ends(real_broker) == {"g000001": "quarantined", "g000002": "filtered"}
-    (outcome,) = [o for o in await real_broker.read_outcomes("0", 9) if o.end == "quarantined"]
-    assert "cut short" in outcome.reason
+    ends = {"g000001": "quarantined", "g000002": "filtered", "g000003": "quarantined"}
+    assert await _ends(real_broker) == ends
+    reasons = {o.group_id: o.reason for o in await real_broker.read_outcomes("0", 9)}
+    assert "cut short" in reasons["g000001"]
+    assert "task is no JSON" in reasons["g000003"]
 
 
 async def test_a_lost_session_pauses_the_grader_until_there_is_a_new_one(

@@ -13,7 +13,10 @@ from typing import Any
 
 import pytest
 
+from ringasync import SCHEMA_VERSION
 from ringasync.config.load import resolved_toml
+from tests.observability.scrape import free_ports
+from tests.observability.test_stalls import get
 
 from .test_transformers_engine import write_model
 from .world import World, until
@@ -118,6 +121,53 @@ async def test_a_worker_generates_drains_on_sigterm_and_a_killed_one_is_resumed(
     await world.assert_balanced()
 
 
+async def test_a_node_that_goes_away_in_the_middle_of_a_drain_loses_nothing(
+    make_world: MakeWorld, tmp_path: Path
+) -> None:
+    """SIGTERM, and SIGKILL before the drain has reached Redis; another worker does the rest."""
+    world, arguments = await _world(make_world, tmp_path, session_ttl_ms=1500, max_concurrent=4)
+    await world.feed("g1", size=4, max_new_tokens=150)
+    ids = [f"g1.{i}" for i in range(4)]
+
+    async def lengths() -> list[int]:
+        return [await world.length(one) for one in ids]
+
+    async with spawned(*arguments, "--worker-id", "gone") as process:
+
+        async def all_have_tokens() -> bool:
+            return all(await lengths())
+
+        await until(all_have_tokens, "tokens of all four", START_S)
+        # Redis takes no writes, so the drain has begun and cannot end.
+        await world.broker.client.client_pause(60_000, all=False)
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout is not None
+        async with asyncio.timeout(EXIT_S):
+            while b"parking rollouts" not in await process.stdout.readline():
+                pass
+        process.send_signal(signal.SIGKILL)
+        assert await _exit_code(process) == -signal.SIGKILL
+    assert await world.states(*ids) == {"leased"}
+    kept = await lengths()
+    await world.broker.client.client_unpause()
+
+    async def reaped() -> bool:
+        await world.broker.reap(world.coordinator, 5)
+        return await world.states(*ids) == {"parked"}
+
+    await until(reaped, "the dead session's leases to return")
+    assert await lengths() == kept
+    async with spawned(*arguments, "--worker-id", "other"):
+
+        async def finished() -> bool:
+            return await world.states(*ids) == {"finished"}
+
+        await until(finished, "all four to be finished by the other worker", START_S)
+    for one, tokens in zip(ids, kept, strict=True):
+        assert len((await world.record(one)).token_ids) >= tokens
+    await world.assert_balanced()
+
+
 async def test_a_second_signal_ends_at_once(make_world: MakeWorld, tmp_path: Path) -> None:
     world, arguments = await _world(make_world, tmp_path)
     async with spawned(*arguments) as process:
@@ -140,3 +190,46 @@ async def test_another_configuration_may_not_join(make_world: MakeWorld, tmp_pat
         output, _ = await process.communicate()
         assert process.returncode == 3
         assert b"configuration" in output
+
+
+async def test_another_schema_may_not_join(make_world: MakeWorld, tmp_path: Path) -> None:
+    world, arguments = await _world(make_world, tmp_path)
+    await world.broker.client.hset(world.broker.keys.meta, "schema", "999")
+    async with spawned(*arguments) as process:
+        output, _ = await process.communicate()
+        assert process.returncode == 3
+        assert f"has schema 999, this process has {SCHEMA_VERSION}".encode() in output
+        assert b"use the same build of ringasync as the coordinator" in output
+
+
+async def test_a_worker_that_generates_nothing_is_named_in_log_top_and_health(
+    make_world: MakeWorld, tmp_path: Path
+) -> None:
+    port = free_ports()
+    world, arguments = await _world(
+        make_world,
+        tmp_path,
+        engine="scripted",
+        engine_options={"step_interval_s": 3600},
+        sections={
+            "weights": {"canary": False},
+            "observability": {"stall_report_s": 1.0},
+            "metrics": {"port": port},
+        },
+    )
+    await world.feed("g1")
+    async with spawned(*arguments, "--worker-id", "silent") as process:
+
+        async def named() -> bool:
+            rows = await world.broker.sessions()
+            return any("tokens of 2 active rollouts" in row.get("stall", "") for row in rows)
+
+        await until(named, "the worker to be named in its session", START_S)
+        code, said = await asyncio.to_thread(get, port + 2, "/healthz")
+        assert (code, said["worker"]) == (503, "silent")
+        assert "this worker generates nothing; owed by the inference engine" in said["stalls"][0]
+        assert (await asyncio.to_thread(get, port + 2, "/livez"))[0] == 200
+        process.send_signal(signal.SIGTERM)
+        assert await _exit_code(process) == 0
+    log = (world.config.run_dir / "logs").glob("*.jsonl")
+    assert any("waiting too long" in file.read_text() for file in log)

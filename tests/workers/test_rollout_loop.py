@@ -275,12 +275,15 @@ async def test_poison_prompts_are_quarantined_and_the_rest_goes_on(make_world: M
     await world.feed("long", size=2, prompt_ids=[1] * 300)
     await world.feed("empty", size=1, prompt_ids=[])
     await world.feed("foreign", size=1, prompt_ids=[1, 10_000])
+    await world.feed("spoiled", size=2)
+    await world.broker.client.hset(world.broker.keys.group("spoiled"), "prompt_ids", '[1, "two"]')
     await world.feed("good", size=2)
     running = await world.start("w1")
     await world.wait_state("finished", "good.0", "good.1")
 
     async def all_ended() -> bool:
-        ends = [await world.broker.group(name) or {} for name in ("long", "empty", "foreign")]
+        poison = ("long", "empty", "foreign", "spoiled")
+        ends = [await world.broker.group(name) or {} for name in poison]
         return all(group.get("state") == "quarantined" for group in ends)
 
     await until(all_ended, "the poison to be quarantined")
@@ -288,6 +291,7 @@ async def test_poison_prompts_are_quarantined_and_the_rest_goes_on(make_world: M
     assert "window of 200" in reasons["long"]
     assert "empty" in reasons["empty"]
     assert "vocabulary" in reasons["foreign"]
+    assert "must be a JSON list of token ids" in reasons["spoiled"]
     await running.stop()
     await world.assert_balanced()
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from safetensors.numpy import load_file
@@ -89,9 +90,17 @@ class World:
 
     @classmethod
     async def make(
-        cls, url: str, run: str, folder: Path, *, mode: str = "pipelined", **worker: Any
+        cls,
+        url: str,
+        run: str,
+        folder: Path,
+        *,
+        mode: str = "pipelined",
+        sections: Mapping[str, Any] = MappingProxyType({}),
+        **worker: Any,
     ) -> World:
-        """Create the run. ``worker`` overrides the fast settings of worker tests."""
+        """Create the run. ``worker`` overrides the fast settings of worker tests, ``sections``
+        are further ones of the configuration."""
         settings = {
             "flush_tokens": 8,
             "flush_ms": 40,
@@ -107,6 +116,7 @@ class World:
                 "worker": settings,
                 "schedule": {"mode": mode},
                 "grader": {"in_worker": False},
+                **sections,
             }
         )
         broker = await Broker.connect(url, run)

@@ -14,6 +14,7 @@ from ringasync.errors import ConfigError, EngineError
 from ringasync.observability.log import get_logger
 from ringasync.records.routing import MODEL_TYPES
 from workers.engines.base import Engine, SamplingParams
+from workers.engines.scripted import ScriptedEngine, ScriptedOptions
 from workers.engines.vllm.options import VllmOptions
 from workers.intake import ModelLimits
 from workers.throttle import gather_tokens
@@ -56,7 +57,11 @@ class EngineFactory:
             _require_replayable(weights_dir)
         eos = read_limits(weights_dir, self.config).eos_token_ids
         sampling = SamplingParams(self.config.sampling.temperature, eos)
-        make = {"transformers": self._transformers, "vllm": self._vllm}[self.config.worker.engine]
+        make = {
+            "transformers": self._transformers,
+            "vllm": self._vllm,
+            "scripted": self._scripted,
+        }[self.config.worker.engine]
         return make(sampling)
 
     def _transformers(self, sampling: SamplingParams) -> Engine:
@@ -92,8 +97,17 @@ class EngineFactory:
             options=self._options(),
         )
 
+    def _scripted(self, sampling: SamplingParams) -> Engine:
+        options: ScriptedOptions = self._options()
+        return ScriptedEngine(
+            sampling,
+            step_interval_s=options.step_interval_s,
+            max_concurrent=self.config.worker.max_concurrent,
+            seed=self.seed,
+        )
+
     def _options(self) -> Any:
-        kind: Any = VllmOptions
+        kind: Any = ScriptedOptions if self.config.worker.engine == "scripted" else VllmOptions
         if self.config.worker.engine == "transformers":
             from workers.engines.transformers_engine import TransformersOptions
 

@@ -29,9 +29,17 @@ from workers.engines.base import (
     ScoreRequest,
     TokenChunk,
 )
+from workers.token_trace import wanted_trace
 
 VOCAB_SIZE = 32
 _MEMORY_TOKENS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class ScriptedOptions:
+    """``worker.engine_options``: the pause between two steps, each one token a rollout."""
+
+    step_interval_s: float = 0.0
 
 
 def write_scripted_weights(weights_dir: Path, value: float) -> Path:
@@ -83,6 +91,11 @@ class _Running:
         before = (*self.request.prompt_ids, *self.request.prefix_ids)[-_MEMORY_TOKENS:]
         return [*before, *recent]
 
+    @property
+    def length(self) -> int:
+        """Tokens of the whole response, those of earlier leases included."""
+        return len(self.request.prefix_ids) + len(self.generated)
+
 
 class ScriptedEngine:
     """Implements ``workers.engines.base.Engine`` with a hash for a model.
@@ -121,6 +134,7 @@ class ScriptedEngine:
         self._error: str | None = None
         self._ticker: asyncio.Task[None] | None = None
         self._prompt_tokens = 0
+        self._trace = wanted_trace()
 
     @property
     def active(self) -> int:
@@ -245,8 +259,11 @@ class ScriptedEngine:
         for _ in range(count):
             if self._paused or not self._alive:
                 return
-            for request_id in list(itertools.islice(self._running, self._max_concurrent)):
-                self._chunks.append(self._sample(self._running[request_id]))
+            chosen = list(itertools.islice(self._running.values(), self._max_concurrent))
+            self._chunks += [self._sample(running) for running in chosen]
+            if self._trace is not None:
+                version = self._policy_version
+                self._trace.write([(r.request.request_id, r.length, version) for r in chosen])
         if self._chunks:
             self._filled.set()
 

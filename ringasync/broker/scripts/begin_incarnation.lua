@@ -7,16 +7,18 @@ if refused then return refused end
 local t, meta = now(), P .. 'meta'
 free()
 tick(t)
-local number = call('HINCRBY', meta, 'incarnation', 1)
-call('HSET', meta, 'server_run_id', ARGV[4], 'incarnation_reason', ARGV[3],
-  'incarnation_ms', str(t))
+-- The tail may have held incarnations of its own: milliseconds of the run are above them all.
+local last = call('HMGET', meta, 'incarnation', 'created_ms')
+local number = math.max(int(last[1]) + 1, t - int(last[2]))
+call('HSET', meta, 'incarnation', str(number), 'server_run_id', ARGV[4],
+  'incarnation_reason', ARGV[3], 'incarnation_ms', str(t))
 -- The next holder of a role gets a token above every one that the lost tail may have given out.
 for _, role in ipairs({ 'coordinator', 'learner' }) do
   local fence = int(call('HGET', meta, 'fence_' .. role))
   call('HSET', meta, 'fence_' .. role, str(math.max(fence, t)))
 end
 for _, sid in ipairs(call('ZRANGE', P .. 'sessions', 0, -1)) do
-  call('HSET', P .. 'session:' .. sid, 'state', 'ended by incarnation ' .. number)
+  call('HSET', P .. 'session:' .. sid, 'state', 'ended by incarnation ' .. str(number))
   call('EXPIRE', P .. 'session:' .. sid, KEEP_S)
 end
 for _, stream in ipairs({ 'tickets', 'tickets:resume', 'tickets:eval', 'grading' }) do

@@ -1,0 +1,1 @@
+"""The documentation site's own parts: generated reference pages and how fences are shown."""
