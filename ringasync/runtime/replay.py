@@ -15,18 +15,23 @@ from ringasync.errors import ConfigError
 from ringasync.runtime.roles import REPLAY_MODULE, override_arguments
 from ringasync.runtime.runfiles import SETTINGS_FILE
 
+ROUNDING = (
+    *("learner.microbatch_tokens", "learner.logprob_chunk_tokens", "learner.packing"),
+    *("learner.activation_checkpointing", "learner.compile", "learner.attention_kernel"),
+    *("learner.device", "learner.threads"),
+)
+"""The same mathematics; only the order of sums differs."""
+
 CHANGEABLE = (
     *("loss.mismatch", "loss.mask_low", "loss.mask_high", "loss.tis_cap", "loss.kpop_phi"),
     *("loss.clip_low", "loss.clip_high", "loss.normalizer", "loss.routing_replay"),
     *("learner.lr", "learner.warmup_steps", "learner.betas", "learner.weight_decay"),
     *("learner.grad_clip", "learner.updates_per_batch", "learner.freeze_router"),
-    *("learner.microbatch_tokens", "learner.device", "learner.threads"),
+    "learner.residual_dtype",
+    *ROUNDING,
 )
 """Settings of the update alone. All others decided what was generated, graded and selected, and
 that is in the journal, advantages (``loss.advantage_std``) included."""
-
-ROUNDING = ("learner.microbatch_tokens", "learner.device", "learner.threads")
-"""The same mathematics; only the order of sums differs."""
 
 AS_RECORDED = "as-recorded"
 _MAX_LABEL_CHARS = 64

@@ -1,7 +1,11 @@
-"""The torch engine on two ranks: the contract, and the numbers of one rank."""
+"""The torch engine on two ranks: the contract, and the numbers of one rank.
+
+On gloo, or where there is a GPU for each rank on NCCL.
+"""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,14 +20,16 @@ from ringasync.errors import CheckpointError
 from .backend_contract import learner_config
 from .kit import toy_batch
 from .ranks_contract import DENSE_TERMS, ROUTERS, ContractOnTwoRanks, close
-from .ranks_kit import TwoRanks, build, keep_gradients, spec_of, two_ranks
+from .ranks_kit import RANKS, TwoRanks, build, keep_gradients, spec_of, two_ranks
 
-RELATIVE = 1e-5
+DEVICE = "cuda" if torch.cuda.device_count() >= RANKS else "cpu"
+RELATIVE = 1e-5 if DEVICE == "cpu" else 1e-4
+"""A GPU adds in no fixed order."""
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoRanks]:
-    with two_ranks(tmp_path_factory.mktemp("ranks")) as made:
+    with two_ranks(tmp_path_factory.mktemp("ranks"), DEVICE) as made:
         yield made
 
 
@@ -54,10 +60,33 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+COMPILED: dict[str, dict[str, Any]] = {
+    "packed": {"learner": {"microbatch_tokens": 48, "compile": True}, "count": 9},
+    "checkpointed": {
+        "learner": {"microbatch_tokens": 48, "compile": True, "activation_checkpointing": True},
+    },
+}
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.timeout(300)
+@pytest.mark.filterwarnings("default")  # of the compiler's own making
+@pytest.mark.parametrize("case", COMPILED.values(), ids=COMPILED.keys())
+def test_compiled_layers_on_shards_make_the_step_of_plain_ones_on_one_rank(
+    ranks: TwoRanks, case: dict[str, Any]
+) -> None:
+    agrees_with_one_rank(ranks, case)
+
+
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_losses_and_gradients_of_two_ranks_are_those_of_one(
     ranks: TwoRanks, case: dict[str, Any]
 ) -> None:
+    agrees_with_one_rank(ranks, case)
+
+
+def agrees_with_one_rank(ranks: TwoRanks, case: dict[str, Any]) -> None:
+    """Losses, gradients and statistics, whatever the micro-batches."""
     settings = {"grad_clip": 1e9, **case["learner"]}
     spec = spec_of(
         learner_config(**settings),
@@ -66,7 +95,7 @@ def test_losses_and_gradients_of_two_ranks_are_those_of_one(
         model=case.get("model", "tied"),
     )
     # As few micro-batches as can be, whatever the two ranks have.
-    whole = {**spec, "learner": {**spec["learner"], "microbatch_tokens": 9999}}
+    whole = {**spec, "learner": {**spec["learner"], "microbatch_tokens": 9999, "compile": False}}
     alone, both = build(whole), ranks.make(spec, keeps_gradients=True)
     expected_gradients, gradients = keep_gradients(alone), keep_gradients(both.local)
     moe = case.get("model") == "moe"  # a balance is of a micro-batch: the same ones are needed

@@ -180,9 +180,19 @@ def test_a_changed_correction_gives_other_losses_and_no_failure(run_dir: Path) -
     assert narrow["mask_rate_mean_replayed"] > narrow["mask_rate_mean_recorded"]
 
 
-def test_another_order_of_sums_is_held_to_a_tolerance(run_dir: Path) -> None:
-    assert replay(ReplayOptions(run_dir, ("learner.microbatch_tokens=64",), steps=2)) == 0
-    summary = summary_of(run_dir, "learner.microbatch_tokens=64")
+@pytest.mark.parametrize(
+    "override",
+    [
+        "learner.microbatch_tokens=64",
+        "learner.packing=off",
+        "learner.activation_checkpointing=true",
+        "learner.logprob_chunk_tokens=16",
+    ],
+)
+def test_another_order_of_sums_is_held_to_a_tolerance(run_dir: Path, override: str) -> None:
+    assert replay(ReplayOptions(run_dir, (override,), steps=2, label="other")) == 0
+    summary = summary_of(run_dir, "other")
+    assert list(summary["changed"]) == [override.partition("=")[0]]
     assert summary["rule"].startswith("must agree to 1e-05")
     assert summary["losses_agree"]
 
