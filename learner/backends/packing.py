@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from learner.backends import flash4
-from ringasync.errors import TrainingError
 
 _kernel: Callable[..., Any] | None
 try:
@@ -42,6 +41,7 @@ _NAME = "ringasync_packed"
 _PROBE_LENGTHS = (3, 5)
 _PROBE_TOLERANCE = 1e-4
 _KERNEL_LENGTHS = (1, 300, 129)
+_KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -222,9 +222,10 @@ def _packed(
     query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scale: float | None
 ) -> Tensor:
     """[T, H, D], [T, K, D] twice to [T, H, D]."""
-    if bounds.is_cuda:
+    if bounds.is_cuda and _kernel is not None and query.dtype in _KERNEL_DTYPES:
         return _varlen(query, key, value, bounds, longest, scale)
-    result: Tensor = _by_sequence(query, key, value, bounds, scale)
+    # FSDP moves whatever its root is called with to the device, these bounds too.
+    result: Tensor = _by_sequence(query, key, value, bounds.cpu(), scale)
     return result
 
 
@@ -237,15 +238,14 @@ def _varlen(
             query.contiguous(), key.contiguous(), value.contiguous(), bounds, longest, scale
         )
         return attended
-    if _kernel is None:
-        raise TrainingError("this torch has no torch.nn.attention.varlen: learner.packing = 'auto'")
+    kernel: Any = _kernel
     usual = query.shape[-1] ** -0.5
     if scale is not None and scale != usual:
         query = query * (scale / usual)  # the first of these kernels took no scale
     groups = query.shape[1] // key.shape[1]
     if groups > 1:  # not every torch's kernel shares heads of keys in the backward pass
         key, value = (one.repeat_interleave(groups, dim=1) for one in (key, value))
-    result: Tensor = _kernel(
+    result: Tensor = kernel(
         query.contiguous(),
         key.contiguous(),
         value.contiguous(),

@@ -21,6 +21,8 @@ from ringasync.errors import ConfigError
 _ACCUMULATION = 2
 """Any number above 1: DeepSpeed then adds up whatever comes until it is told that it was the last.
 Losses are not divided by it (``scale_wrt_gas``)."""
+_BUCKET_VALUES = 500_000_000
+"""DeepSpeed's own size of what gradients are gathered in before they are reduced."""
 
 
 def require_deepspeed() -> None:
@@ -119,6 +121,9 @@ def _settings(learner: LearnerConfig, parameters: int) -> dict[str, Any]:
         "stage": stage,
         # What stays whole at stage 3: DeepSpeed's own limit, and in small models next to nothing.
         "stage3_param_persistence_threshold": min(100_000, parameters // 1000),
+        # Buffers of that many values are made at once, whatever the model's size.
+        "reduce_bucket_size": min(_BUCKET_VALUES, parameters),
+        "allgather_bucket_size": min(_BUCKET_VALUES, parameters),
     }
     if learner.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
