@@ -4,12 +4,12 @@
 [--sizes 8192,32768,65536] [--arms packed,padded,naive] [--out FILE]`` runs each cell in a process
 of its own, so that none has memory of another's and an arm that fails costs its own row only.
 
-Arms: ``packed`` (compiled layers), ``packed-eager``, ``packed-deepspeed`` (ZeRO-1, not compiled),
-``packed-cudnn`` (one sequence after the other by cuDNN's attention), ``packed-flash4``
-(FlashAttention 4), ``padded`` (the learner with packing off, not compiled), ``naive`` (transformers
-and DeepSpeed ZeRO-1 in bf16, padded rows with a mask, all logits) and ``trl`` (the step of its
-``GRPOTrainer`` on the same padded rows). ``--ranks 2`` starts each cell on two GPUs (or gloo on a
-CPU) and gives each as many tokens; ``naive`` and ``trl`` have one.
+Arms: ``packed`` (compiled layers), ``packed-eager``, ``packed-deepspeed`` (ZeRO-1, compiled too),
+``packed-deepspeed-eager``, ``packed-cudnn`` (one sequence after the other by cuDNN's attention),
+``packed-flash4`` (FlashAttention 4), ``padded`` (the learner with packing off, not compiled),
+``naive`` (transformers and DeepSpeed ZeRO-1 in bf16, padded rows with a mask, all logits) and
+``trl`` (the step of its ``GRPOTrainer`` on the same padded rows). ``--ranks 2`` starts each cell on
+two GPUs (or gloo on a CPU) and gives each as many tokens; ``naive`` and ``trl`` have one.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ from learner.speed import sequence_lengths
 from ringasync.config.model_shape import ModelShape, peak_tflops_of, shape_of, train_flops
 from ringasync.config.schema import LearnerConfig, LossConfig
 
-COMPILED = ("packed", "packed-cudnn", "packed-flash4")
+COMPILED = ("packed", "packed-cudnn", "packed-flash4", "packed-deepspeed")
 ELSEWHERE = ("naive", "trl")
 """Not this project's step."""
-DEEPSPEED = "packed-deepspeed"
-ARMS = (*COMPILED, "packed-eager", DEEPSPEED, "padded", *ELSEWHERE)
+DEEPSPEED = ("packed-deepspeed", "packed-deepspeed-eager")
+ARMS = (*COMPILED, "packed-eager", "packed-deepspeed-eager", "padded", *ELSEWHERE)
 KEPT_BYTES = 32 * 2**30
 """Activations above this, by estimate, are computed again: what an 80 GB device has room for."""
 _STACKS_S = 3.0
@@ -94,7 +94,7 @@ def learner_of(arguments: argparse.Namespace, shape: ModelShape, size: int) -> L
     packed = "sequences" if arm == "packed-cudnn" else "auto"
     return LearnerConfig.model_validate(
         {
-            "backend": "deepspeed" if arm == DEEPSPEED else "torch",
+            "backend": "deepspeed" if arm in DEEPSPEED else "torch",
             "device": arguments.device,
             "lr": 1e-6,
             "warmup_steps": 0,
@@ -140,8 +140,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         step = (NaiveStep if arm == "naive" else TrlStep)(model, learner, dtype)
     else:
         settings = TorchSettings(learner, LossConfig(mismatch="none"), dtype=dtype)
-        kind = DeepSpeedBackend if arm == DEEPSPEED else TorchBackend
+        kind = DeepSpeedBackend if arm in DEEPSPEED else TorchBackend
         step = kind(model, settings, group=group)
+        if arm == "packed-flash4" and not is_used():
+            raise RuntimeError("FlashAttention 4 is not used here: see the warning above")
     times, results = [], []
     with _attention_of(arm, cuda):
         for number in range(arguments.warmup + arguments.steps):
@@ -226,7 +228,7 @@ def cell(arguments: argparse.Namespace, arm: str, name: str, size: int) -> dict[
     """``measure`` in a process of its own; what goes wrong there is the row's ``error``."""
     row: dict[str, Any] = {"arm": arm, "model": name, "size": size}
     packages = {"trl": "trl", "packed-flash4": "flash_attn"}
-    needed = (packages | dict.fromkeys(("naive", DEEPSPEED), "deepspeed")).get(arm)
+    needed = (packages | dict.fromkeys(("naive", *DEEPSPEED), "deepspeed")).get(arm)
     if needed and importlib.util.find_spec(needed) is None:
         return row | {"error": f"skipped: {needed} is not installed here"}
     if arm in ELSEWHERE and arguments.ranks > 1:

@@ -43,7 +43,7 @@ def measure(arguments: argparse.Namespace, chunk_tokens: int) -> dict[str, objec
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
-            head_dim=arguments.hidden // 4,
+            head_dim=min(128, arguments.hidden // 4),
             max_position_embeddings=ROW_TOKENS + PROMPT_TOKENS,
         )
     )

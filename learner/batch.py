@@ -46,6 +46,15 @@ class TrainBatch:
     items: tuple[BatchItem, ...]
     ages: Mapping[int, int] = field(default_factory=dict)
 
+    def ages_of(self, versions: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+        """int64 [N]: the ages of policy versions [N]; 0 where one is not among ``ages``."""
+        known = np.array(sorted(self.ages), np.int64)
+        if not known.size:
+            return np.zeros(versions.shape, np.int64)
+        ages = np.array([self.ages[int(one)] for one in known], np.int64)
+        at = np.minimum(np.searchsorted(known, versions), known.size - 1)
+        return np.where(known[at] == versions, ages[at], 0)
+
     @property
     def trained_tokens(self) -> int:
         """Policy tokens that train: Phi, or less at the end of the data."""

@@ -199,7 +199,6 @@ def _collate_rows(
         inputs.append(np.concatenate([trajectory.prompt_ids, response]))
         offsets = np.flatnonzero(item.trained_mask)
         count = offsets.shape[0]
-        versions = trajectory.policy_versions[offsets]
         parts.append(
             (
                 np.full(count, row if attention is None else 0, np.int64),
@@ -208,7 +207,7 @@ def _collate_rows(
                 trajectory.behavior_logprobs[offsets],
                 np.full(count, item.advantage, np.float32),
                 np.full(count, 1.0 / denominator, np.float32),
-                np.array([batch.ages.get(int(one), 0) for one in versions], np.int64),
+                batch.ages_of(trajectory.policy_versions[offsets]),
             )
         )
         begin += 0 if attention is None else inputs[-1].shape[0]

@@ -34,16 +34,23 @@ def use_flash4(wanted: bool, device: torch.device, probe: Callable[[], float]) -
     if why := _missing(device):
         return why
     _used = True
-    try:
-        off = probe()
-    except Exception as error:  # a kernel is compiled here, in a compiler that is not ours
-        structlog.get_logger(__name__).debug("flash-attn-4 failed", exc_info=True)
-        why = f"it failed with {type(error).__name__}: {str(error)[:200]}"
-    else:
-        # Written so that NaN is a problem too.
-        why = "" if off <= _TOLERANCE else f"its results are off by {off:.1e}"
+    why = problem_of(probe)
     _used = not why
     return why
+
+
+def problem_of(probe: Callable[[], float]) -> str:
+    """Why a kernel that ``probe`` runs is not to be used; empty if its results are right.
+
+    ``probe``: the relative error of packed attention in bfloat16 with the heads of the model.
+    """
+    try:
+        off = probe()
+    except Exception as error:  # refused, or compiled here in a compiler that is not ours
+        structlog.get_logger(__name__).debug("the attention kernel failed", exc_info=True)
+        return f"it failed with {type(error).__name__}: {str(error)[:200]}"
+    # Written so that NaN is a problem too.
+    return "" if off <= _TOLERANCE else f"its results are off by {off:.1e}"
 
 
 def is_used() -> bool:

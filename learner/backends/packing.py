@@ -112,11 +112,14 @@ def choose_packing(
         )
     if not able or mode == "sequences":
         return "sequences"
-    _choose_kernel(model, kernel, device)
+    if why := _choose_kernel(model, kernel, device):
+        log.warning("attention runs sequence by sequence, not by one kernel for all", why=why)
+        return "sequences"
     return "varlen"
 
 
-def _choose_kernel(model: Any, kernel: Kernel, device: torch.device) -> None:
+def _choose_kernel(model: Any, kernel: Kernel, device: torch.device) -> str:
+    """Settle what runs ``varlen``; why nothing can with the heads of ``model``, else empty."""
     config, log = model.config, structlog.get_logger(__name__)
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -125,7 +128,10 @@ def _choose_kernel(model: Any, kernel: Kernel, device: torch.device) -> None:
     probe = partial(kernel_error, device, heads, kv_heads, size)
     if why := flash4.use_flash4(wanted, device, probe):
         log.warning("attention runs by torch's kernel, not by FlashAttention 4", why=why)
-    log.info("attention of packed rows", kernel="flash4" if flash4.is_used() else "torch")
+    why = "" if flash4.is_used() else flash4.problem_of(probe)
+    if not why:
+        log.info("attention of packed rows", kernel="flash4" if flash4.is_used() else "torch")
+    return why
 
 
 def kernel_error(device: torch.device, heads: int, kv_heads: int, size: int) -> float:

@@ -132,11 +132,6 @@ def _compiled(config: Config) -> Iterator[str]:
             f"learner.compile = true cannot go with {', '.join(names)}: hooks on routers are no "
             "part of a compiled layer; set learner.compile = false"
         )
-    if config.learner.compile and config.learner.ranks > 1:
-        yield (
-            f"learner.compile = true cannot go with learner.ranks = {config.learner.ranks}: "
-            "compiled layers are not proved on shards; set learner.compile = false"
-        )
 
 
 def _deepspeed(config: Config) -> Iterator[str]:
@@ -163,10 +158,11 @@ def _deepspeed(config: Config) -> Iterator[str]:
             "learner.backend = 'deepspeed' cannot go with schedule.colocated = true: its shards do "
             "not leave their devices; set learner.backend = 'torch' or colocated = false"
         )
-    if learner.compile:
+    if learner.compile and learner.zero_stage_of_deepspeed == 3:
         yield (
-            "learner.compile = true cannot go with learner.backend = 'deepspeed': compiled layers "
-            "are not proved under its hooks; set learner.compile = false or the backend to 'torch'"
+            "learner.compile = true cannot go with learner.zero_stage = 3: its hooks around every "
+            "module cut a compiled layer up; set learner.compile = false, another stage, or the "
+            "backend to 'torch', which shards weights under compiled layers"
         )
 
 

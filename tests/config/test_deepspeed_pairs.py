@@ -46,8 +46,8 @@ def deepspeed(**changes: Any) -> dict[str, Any]:
             "set learner.backend = 'torch'",
         ),
         (
-            {"learner": deepspeed(compile=True)},
-            "learner.compile = true cannot go with learner.backend = 'deepspeed'",
+            {"learner": deepspeed(compile=True, zero_stage=3)},
+            "learner.compile = true cannot go with learner.zero_stage = 3",
             "set learner.compile = false",
         ),
     ],

@@ -80,9 +80,7 @@ def test_compiled_layers_are_refused_where_routers_have_hooks(name: str) -> None
     assert f"loss.{name}" in str(refused.value)
     assert "set learner.compile = false" in str(refused.value)
     settings["loss"], settings["learner"]["ranks"] = {}, 2
-    with pytest.raises(ValidationError, match=r"learner\.compile = true cannot go") as refused:
-        Config.model_validate(settings)
-    assert "learner.ranks = 2" in str(refused.value)
+    Config.model_validate(settings)
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,12 @@ def attend(attention: str, dtype: torch.dtype, heads: int, kv_heads: int) -> lis
     return [output.float(), *(one.grad.float() for one in (q, k, v) if one.grad is not None)]
 
 
+def test_heads_that_the_kernel_refuses_are_attended_sequence_by_sequence() -> None:
+    cuda = torch.device("cuda")
+    model = small("qwen3", head_dim=320).to(cuda)  # FlashAttention ends at 256
+    assert choose_packing(model, "auto", cuda, torch.bfloat16, "torch") == "sequences"
+
+
 @pytest.fixture(params=["torch", "flash4"])
 def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
     """The setting, where it can be had; torch's own afterwards."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -80,6 +81,15 @@ def _engine(spec: dict[str, Any]) -> tuple[TorchBackend, TorchBackend]:
 )
 def test_losses_gradients_and_weights_are_those_of_torch(case: str, stage: int) -> None:
     agrees_with_torch(CASES[case], stage, _engine)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.timeout(300)
+@pytest.mark.filterwarnings("default")  # of the compiler's own making
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_compiled_layers_give_the_same_numbers(stage: int) -> None:
+    case = {"learner": {"microbatch_tokens": 48, "compile": True}, "count": 9}
+    agrees_with_torch(case, stage, _engine)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from learner.backends import flash4
+from learner.backends import packing as packed
 from learner.backends.base import StepResult
 from learner.backends.collate import collate
 from learner.backends.packing import choose_packing, packing_problem, use_packed_attention
@@ -171,6 +172,17 @@ def test_varlen_where_it_cannot_be_had_runs_by_sequence_and_says_so() -> None:
     with structlog.testing.capture_logs() as logs:
         assert choose_packing(tiny_model(), "varlen", CPU, torch.float32) == "sequences"
     assert any("'varlen' needs" in line["event"] for line in logs)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="its kernel works here")
+@pytest.mark.skipif(packed._kernel is None, reason="this torch has no varlen attention")
+def test_a_kernel_that_fails_with_these_heads_is_told_and_not_used() -> None:
+    with structlog.testing.capture_logs() as logs:
+        found = choose_packing(tiny_model(), "auto", torch.device("cuda"), torch.bfloat16)
+    assert found == "sequences"
+    (line,) = (one for one in logs if one["log_level"] == "warning")
+    assert "sequence by sequence" in line["event"]
+    assert "it failed with" in line["why"]
 
 
 class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
