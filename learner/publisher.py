@@ -2,8 +2,8 @@
 
 ::
 
-    loop: step -> write the folder, score the probe -> next batch ...
-    beside it:                     keep an export, hand it to the transport -> announce it
+    loop: step -> copy the weights, score the probe -> next batch ...
+    beside it:     write the folder, keep an export, hand it to the transport -> announce it
 
 consumes       the backend's weights of the moment of writing
 produces       published versions, each announced after it is whole, one after the other
@@ -17,6 +17,7 @@ import asyncio
 import shutil
 import time
 from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,8 +56,9 @@ class Publication:
 class Publisher:
     """Writes a folder, hands it to the transport, announces it. Numbers strictly rise.
 
-    Only the writing needs the weights: in a pipelined run the rest goes on beside the next batch
-    (``learner.publish_async``). In rounds nobody works meanwhile, so it is waited for.
+    Only a copy and the probe need the weights: in a pipelined run the rest goes on beside the next
+    batch (``learner.publish_async``). In rounds nobody works meanwhile: the folder is written
+    without a copy, and all of it is waited for.
     """
 
     def __init__(
@@ -88,7 +90,7 @@ class Publisher:
         self.last_version = 0
         """Highest number known to be used; the next one is one above."""
         self.announce_s = 0.0
-        """What the newest announced version took from its folder to its announcement, seconds."""
+        """What the newest announced version took from its copy to its announcement, seconds."""
 
     async def learn_numbers(self, *seen: int) -> None:
         """Number above everything the broker, the transport and ``seen`` know. Nothing may be
@@ -117,7 +119,7 @@ class Publisher:
         await self.settle()
         version = self.last_version + 1
         staging = self._config.run_dir / "publish" / f"v{version:06d}-f{self._fence.token}"
-        probe = await self._thread.run(self._write, staging, publication.batch)
+        probe, written = await self._thread.run(self._write, staging, publication.batch)
         fields = VersionFields(
             run=self._config.run.name,
             policy_version=version,
@@ -128,7 +130,7 @@ class Publisher:
             created_ms=await self._broker.now_ms(),
         )
         self.last_version = version  # used up, whether it gets announced or not
-        announcing = self._announce(staging, fields, publication.protect)
+        announcing = self._announce(staging, fields, publication.protect, written)
         self._announcing = asyncio.create_task(announcing, name="publish")
         if not self._is_beside:
             await self.settle()
@@ -165,9 +167,15 @@ class Publisher:
             self._log.warning("the last version was not announced", why=str(error))
 
     async def _announce(
-        self, staging: Path, fields: VersionFields, protect: Collection[int]
+        self,
+        staging: Path,
+        fields: VersionFields,
+        protect: Collection[int],
+        written: Future[None] | None,
     ) -> None:
         began = time.monotonic()
+        if written is not None:
+            await asyncio.wrap_future(written)
         version, step = fields.policy_version, fields.learner_step
         export = await asyncio.to_thread(self._exports.begin, staging, fields)
         manifest = await self._transport.publish(staging, fields, consume=True, protect=protect)
@@ -189,10 +197,20 @@ class Publisher:
             if int(path.name.rpartition("-f")[2]) <= self._fence.token:
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _write(self, staging: Path, batch: TrainBatch | None) -> tuple[ProbeSequence, ...]:
+    def _write(
+        self, staging: Path, batch: TrainBatch | None
+    ) -> tuple[tuple[ProbeSequence, ...], Future[None] | None]:
+        """The probe, and the folder's writing where that goes on."""
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
-        self._backend.save_hf(staging)
+        written: Future[None] | None = None
+        if self._is_beside:
+            written = self._backend.begin_export(staging)
+        else:
+            self._backend.save_hf(staging)
+        return self._probe(batch), written
+
+    def _probe(self, batch: TrainBatch | None) -> tuple[ProbeSequence, ...]:
         if not self._config.weights.canary:
             return ()
         count = self._config.weights.probe_sequences

@@ -106,3 +106,12 @@ class Backend(Protocol):
         Raises ``EnvironmentRefusedError`` when the disk refuses; all ranks are in step then.
         """
         ...
+
+    def begin_export(self, directory: Path) -> Future[None]:
+        """Copy the weights, then write the copy as ``save_hf`` does, in the background.
+
+        The next batch may be trained as soon as this returns. The future of rank 0 ends when the
+        folder is whole, and raises what ``save_hf`` does; so does this, on all ranks, when main
+        memory does not suffice. An export that is still under way is waited for.
+        """
+        ...

@@ -53,34 +53,66 @@ def export_hf(
         for tensor in state.values():
             whole(tensor, dtype)
         return
-    directory.mkdir(parents=True, exist_ok=True)
-    problem: Exception | None = None
-    shards = ShardWriter(directory, SHARD_BYTES)
-    converts = _Conversion(model, state)
+    folder = HfFolder(model, state, directory, dtype=dtype, source=source)
     for name, tensor in state.items():
-        value = whole(tensor, dtype)
-        if problem is None:  # else only the other ranks' gathers go on
-            try:
-                for hf_name, part in converts.add(name, value.cpu()):
-                    shards.add(hf_name, part)
-            except (OSError, SafetensorError) as error:
-                problem = error
-                shards.drop()
-        del value
-    try:
-        if problem is None:
-            # The configuration as transformers writes it; weights are written here.
-            model.save_pretrained(directory, state_dict={})
-            shards.finish()
-            _finish_config(directory, dtype, source)
-    except (OSError, SafetensorError) as error:
-        problem = error
-    if problem is not None:
-        size = sum(whole_shape(one).numel() * _cast(one, dtype).itemsize for one in state.values())
-        raise EnvironmentRefusedError(
-            f"weights cannot be written to {directory}: {problem} ({room_at(directory, size)}). "
-            "Free disk space and start again: nothing is lost, journal and checkpoints go on"
-        ) from problem
+        folder.add(name, whole(tensor, dtype).cpu())
+    folder.finish()
+
+
+class HfFolder:
+    """A folder that is written parameter by parameter. What the disk refuses is kept for the end:
+    until then only the other ranks' gathers go on."""
+
+    def __init__(
+        self,
+        model: Any,
+        state: Mapping[str, Tensor],
+        directory: Path,
+        *,
+        dtype: torch.dtype,
+        source: str,
+    ) -> None:
+        """``state``: what will be added, by name, for its shapes."""
+        self._model, self._directory = model, directory
+        self._dtype, self._source = dtype, source
+        self._bytes = sum(
+            whole_shape(one).numel() * published_dtype(one, dtype).itemsize
+            for one in state.values()
+        )
+        self._shards = ShardWriter(directory, SHARD_BYTES)
+        self._converts = _Conversion(model, state)
+        self._problem: Exception | None = None
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Take a whole parameter in main memory; what was before it may be written now."""
+        if self._problem is not None:
+            return
+        try:
+            for hf_name, part in self._converts.add(name, value):
+                self._shards.add(hf_name, part)
+        except (OSError, SafetensorError) as error:
+            self._problem = error
+            self._shards.drop()
+
+    def finish(self) -> None:
+        """Write the rest and the configuration. Raises ``EnvironmentRefusedError`` when the disk
+        refused any of it."""
+        try:
+            if self._problem is None:
+                # The configuration as transformers writes it; weights are written here.
+                self._model.save_pretrained(self._directory, state_dict={})
+                self._shards.finish()
+                _finish_config(self._directory, self._dtype, self._source)
+        except (OSError, SafetensorError) as error:
+            self._problem = error
+        if self._problem is not None:
+            where = self._directory
+            raise EnvironmentRefusedError(
+                f"weights cannot be written to {where}: {self._problem} "
+                f"({room_at(where, self._bytes)}). Free disk space and start again: nothing is "
+                "lost, journal and checkpoints go on"
+            ) from self._problem
 
 
 def exported_tensors(model: Any) -> dict[str, Tensor]:
@@ -104,11 +136,12 @@ def whole(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """``tensor`` gathered, floating-point ones as ``dtype``: the cast is made before, on its
     device, so half the bytes travel. A collective where it is a shard."""
     with gathered(tensor):
-        value = tensor.detach().to(_cast(tensor, dtype), copy=is_zero_shard(tensor))
+        value = tensor.detach().to(published_dtype(tensor, dtype), copy=is_zero_shard(tensor))
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+def published_dtype(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """``dtype`` where it is a floating-point one, else its own."""
     return dtype if tensor.is_floating_point() else tensor.dtype
 
 

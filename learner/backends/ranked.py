@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,11 @@ class RankedBackend:
         """See ``Backend.save_hf``."""
         self._together("save_hf", [directory], [str(directory)])
 
+    def begin_export(self, directory: Path) -> Future[None]:
+        """See ``Backend.begin_export``: the other ranks send their shards in threads."""
+        result: Future[None] = self._together("begin_export", [directory], [str(directory)])
+        return result
+
     def close(self) -> None:
         """Let the other ranks leave; not where a call broke off, for they are within it then."""
         if self._is_in_step:
@@ -102,18 +107,18 @@ def serve(local: Backend, ranks: Ranks) -> None:
     or the end of rank 0 unblocks it.
     """
     log = structlog.get_logger(__name__)
-    saving: Future[None] | None = None
+    writing: list[Future[None]] = []
     while True:
         call, arguments = msgpack.unpackb(ranks.broadcast(None))
         if call == _LEAVE:
-            if saving is not None:
-                saving.exception()  # its shards must be on disk; rank 0 tells what went wrong
+            wait(writing)  # shards must be on disk, or sent; rank 0 tells what went wrong
             # Rank 0 goes first: a rank that went before it would count as lost.
             with contextlib.suppress(RuntimeError):
                 ranks.broadcast(None)
             return
         try:
-            saving = make_call(local, call, arguments) or saving
+            begun = make_call(local, call, arguments)
+            writing = [one for one in (*writing, begun) if one is not None and not one.done()]
         except StepMemoryError:
             raise
         except RingError as error:
@@ -121,7 +126,7 @@ def serve(local: Backend, ranks: Ranks) -> None:
 
 
 def make_call(local: Backend, call: str, arguments: list[Any]) -> Future[None] | None:
-    """Make on this rank what rank 0 told; the future of a save."""
+    """Make on this rank what rank 0 told; the future of what a thread goes on with."""
     match call:
         case "train_batch":
             local.train_batch(unpack_batch(arguments[0]))
@@ -131,6 +136,8 @@ def make_call(local: Backend, call: str, arguments: list[Any]) -> Future[None] |
             local.sample(*arguments)
         case "begin_save":
             return local.begin_save(Path(arguments[0]))
+        case "begin_export":
+            return local.begin_export(Path(arguments[0]))
         case "load":
             local.load(Path(arguments[0]))
         case "save_hf":

@@ -33,12 +33,14 @@ the launcher's to find, so no time limit of a collective is."""
 @dataclass(frozen=True, slots=True)
 class RankGroup:
     """The process groups of a learner's ranks: ``mesh`` for tensors of the model, ``ranks`` for
-    commands and sums, ``saving`` for the threads that write checkpoints."""
+    commands and sums, ``saving`` and ``exporting`` for the threads that write checkpoints and
+    versions."""
 
     mesh: DeviceMesh
     device: torch.device
     ranks: Ranks
     saving: ProcessGroup
+    exporting: ProcessGroup
 
     @classmethod
     def join(cls, learner: LearnerConfig) -> RankGroup:
@@ -66,8 +68,10 @@ class RankGroup:
     def form(cls, device: torch.device, timeout: timedelta = _NEVER) -> RankGroup:
         """The groups of all ranks of this process's default group."""
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-        commands, saving = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
-        return cls(mesh, device, Ranks(cast(ProcessGroup, commands)), cast(ProcessGroup, saving))
+        commands, saving, exporting = (
+            cast(ProcessGroup, dist.new_group(backend="gloo", timeout=timeout)) for _ in range(3)
+        )
+        return cls(mesh, device, Ranks(commands), saving, exporting)
 
 
 class ShardedScores:

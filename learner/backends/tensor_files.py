@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.tensor import DTensor
 
+from learner.backends.host_memory import HostMemory, own_part
 from learner.backends.index_reader import IndexReader
 from ringasync.durable import room_at, sync_path
 from ringasync.errors import CheckpointError
@@ -33,9 +34,7 @@ from ringasync.runtime import crashpoints
 class TensorSaver:
     """Copies state to main memory and writes the copy in a thread of its own.
 
-    The copy's memory is kept for the next one, pinned where the state lies on a CUDA device: a copy
-    there then runs at the speed of the bus. It takes as much main memory as the state is large,
-    pinned somewhat more: torch rounds each pinned tensor up to a power of two.
+    The copy's memory is kept for the next one (``HostMemory``): as much as the state is large.
     """
 
     def __init__(self, process_group: ProcessGroup | None = None) -> None:
@@ -43,7 +42,7 @@ class TensorSaver:
         must be used for nothing else, for the thread's collectives run beside the training's."""
         self._process_group = process_group
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._buffers: dict[str, Tensor] = {}
+        self._memory = HostMemory()
         self._writing: Future[None] | None = None
 
     def begin(self, state: Mapping[str, Tensor], directory: Path) -> Future[None]:
@@ -58,49 +57,21 @@ class TensorSaver:
         try:
             staged = self._stage(state)
         except (MemoryError, RuntimeError) as error:
-            self._buffers.clear()
             raise CheckpointError(f"the state cannot be copied to main memory: {error}") from error
         self._writing = self._executor.submit(
             write_tensors, staged, directory, process_group=self._process_group
         )
         return self._writing
 
-    @torch.no_grad()
     def _stage(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        for name in self._buffers.keys() - state.keys():
-            del self._buffers[name]
-        devices = {tensor.device for tensor in state.values() if tensor.is_cuda}
-        for name, tensor in state.items():
-            buffer = self._buffers.get(name)
-            if buffer is None or not _fits(buffer, tensor):
-                buffer = self._buffers[name] = _host_memory(tensor)
-            _own(buffer).copy_(_own(tensor), non_blocking=True)
-        for device in devices:
-            torch.cuda.synchronize(device)
-        return dict(self._buffers)
-
-
-def _own(tensor: Tensor) -> Tensor:
-    """What this rank holds of it."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _fits(buffer: Tensor, tensor: Tensor) -> bool:
-    return (
-        (buffer.shape, buffer.dtype) == (tensor.shape, tensor.dtype)
-        and isinstance(buffer, DTensor) == isinstance(tensor, DTensor)
-        and _own(buffer).shape == _own(tensor).shape
-    )
-
-
-def _host_memory(tensor: Tensor) -> Tensor:
-    """Main memory for this rank's part, placed among the ranks as ``tensor`` is."""
-    own = _own(tensor)
-    memory = torch.empty(own.shape, dtype=own.dtype, pin_memory=own.is_cuda and own.numel() > 0)
-    if not isinstance(tensor, DTensor):
-        return memory
-    # As torch's own stager does: from_local would move the memory to the mesh's device.
-    return DTensor(memory, tensor._spec, requires_grad=False)  # type: ignore[no-untyped-call]
+        copies = self._memory.copy(state)
+        # As torch's own stager does: from_local would move the memory to the mesh's device.
+        return {
+            name: DTensor(copies[name], one._spec, requires_grad=False)  # type: ignore[no-untyped-call]
+            if isinstance(one, DTensor)
+            else copies[name]
+            for name, one in state.items()
+        }
 
 
 class _Writer(FileSystemWriter):
@@ -126,7 +97,7 @@ def write_tensors(
             )
         sync_path(directory)
     except (CheckpointException, OSError, RuntimeError) as error:  # the first: a BaseException
-        needed = sum(_own(one).numel() * one.element_size() for one in tensors.values())
+        needed = sum(own_part(one).numel() * one.element_size() for one in tensors.values())
         raise CheckpointError(
             f"tensors cannot be written to {directory}: {_reason(error)} "
             f"({room_at(directory, needed)}). Free disk space or make the folder writable"

@@ -28,7 +28,7 @@ from learner.backends.collate import (
     plan_microbatches,
 )
 from learner.backends.experts import use_autocast_experts
-from learner.backends.export import export_hf
+from learner.backends.exporter import WeightExporter
 from learner.backends.extra_terms import ExtraTerms, FixedInputs, TermTotals
 from learner.backends.heads import use_float32_head
 from learner.backends.layers import prepare_layers, use_residual_dtype
@@ -73,7 +73,6 @@ class TorchBackend:
         With a ``group`` each of its ranks makes the same calls, and holds a shard of all state.
         """
         self._settings = settings
-        self._source = source
         self._ranks = Ranks() if group is None else group.ranks
         self._device = resolve_device(settings.learner.device) if group is None else group.device
         home = _HOST if settings.begin_offloaded or group is not None else self._device
@@ -95,7 +94,9 @@ class TorchBackend:
         scores = TokenScores(self._model, settings.dtype, chunk, compiled=compiled)
         self._scores: Scores = self._distribute(scores, group)
         self._updates = 0
-        self._saver = TensorSaver(None if group is None else group.saving)
+        saving, exporting = (None, None) if group is None else (group.saving, group.exporting)
+        self._saver = TensorSaver(saving)
+        self._exporter = WeightExporter(settings.dtype, source, self._ranks, exporting)
         self._mismatch: MismatchWeights = make_mismatch(
             settings.loss.mismatch,
             mask_low=settings.loss.mask_low,
@@ -378,13 +379,11 @@ class TorchBackend:
 
     def save_hf(self, directory: Path) -> None:
         """See ``Backend.save_hf``; tokenizer files are copied from the starting model's folder."""
-        export_hf(
-            self._model,
-            directory,
-            dtype=self._settings.dtype,
-            source=self._source,
-            write=self._ranks.rank == 0,
-        )
+        self._exporter.save(self._model, directory)
+
+    def begin_export(self, directory: Path) -> Future[None]:
+        """See ``Backend.begin_export``."""
+        return self._exporter.begin(self._model, directory)
 
 
 def _score_trained(

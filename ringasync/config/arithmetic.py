@@ -91,6 +91,17 @@ def _model(config: Config, shape: ModelShape | None) -> Iterator[Derived]:
     keep = config.weights.keep_versions
     yield Derived("published versions kept", bytes_text(size * keep), f"keep_versions {keep}")
     yield Derived("a checkpoint", bytes_text(12 * count), "12 bytes a parameter: weights, moments")
+    learner = config.learner
+    copied = 12 * count if learner.checkpoint_async else 0
+    if learner.publish_async and config.schedule.mode == "pipelined":
+        copied += size
+    if copied:
+        yield Derived(
+            "learner's copies in main memory",
+            bytes_text(copied),
+            "of a checkpoint and a version, on all ranks together "
+            "(learner.checkpoint_async, publish_async)",
+        )
 
 
 def _kv(config: Config, shape: ModelShape) -> Iterator[Derived]:

@@ -76,8 +76,9 @@ class LearnerConfig(Section):
     """What the device can do at most, in TFLOP/s, for the metric ``mfu``. 0: that of a GPU known by
     name (H100, H200: 989, dense bf16); on others there is no ``mfu``."""
     publish_async: bool = True
-    """``schedule.mode = "pipelined"``: hand new weights over and announce them while the next batch
-    is assembled and trained, which waits only until they are written."""
+    """``schedule.mode = "pipelined"``: write new weights, hand them over and announce them while
+    the next batch is assembled and trained, which waits only until they are copied in main memory
+    and the canary's probe is scored. The copy takes as much of it as a version is large."""
     checkpoint_every_steps: int = Field(20, ge=1)
     checkpoint_async: bool = True
     """Write checkpoints while the next steps are trained: training stops only until the state is

@@ -117,6 +117,13 @@ def test_memory_by_part() -> None:
     assert figures["learner: bf16 copies of the forward"].value == bytes_text(2 * count)
     assert figures["published a version"].value == bytes_text(2 * count)
     assert figures["KV cache a token"].value == "8 B"
+    copies = "learner's copies in main memory"
+    assert figures[copies].value == bytes_text((12 + 2) * count)
+    waits = ["learner.publish_async=false"]
+    figures = {each.name: each for each in arithmetic(load_config(DEMO, waits), TINY)}
+    assert figures[copies].value == bytes_text(12 * count)
+    waits += ["learner.checkpoint_async=false"]
+    assert copies not in {each.name for each in arithmetic(load_config(DEMO, waits), TINY)}
 
 
 def test_ranks_share_all_state_but_the_reference() -> None:

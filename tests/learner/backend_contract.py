@@ -284,6 +284,27 @@ class BackendContract:
             expected = logprobs[places, torch.tensor(one.token_ids)].numpy()
             np.testing.assert_allclose(values, expected, atol=2e-5)
 
+    def test_an_export_beside_the_next_batch_has_the_weights_before_it(
+        self, tmp_path: Path
+    ) -> None:
+        backend = self.make()
+        for step in range(2):  # the second time the copy's memory is there already
+            backend.train_batch(toy_batch(step=step))
+            backend.save_hf(tmp_path / f"waited-{step}")
+            export = backend.begin_export(tmp_path / f"beside-{step}")
+            backend.train_batch(toy_batch(step=step + 5))
+            export.result()
+        folders = [tmp_path / f"{way}-{step}" for step in (0, 1) for way in ("waited", "beside")]
+        names = [sorted(path.name for path in folder.iterdir()) for folder in folders]
+        assert "model.safetensors" in names[0]
+        assert names == [names[0]] * 4
+        first, beside, second, beside_second = (
+            [(folder / name).read_bytes() for name in names[0]] for folder in folders
+        )
+        assert first == beside
+        assert second == beside_second
+        assert first != second
+
     def test_sampling_repeats_and_changes_nothing(self) -> None:
         backend = self.make()
         before = snapshot(backend)

@@ -67,11 +67,11 @@ def test_a_save_is_staged_in_pinned_memory_that_the_next_one_uses(tmp_path: Path
     backend = backend_on("cuda")
     backend.train_batch(toy_batch())
     backend.begin_save(tmp_path / "first").result()
-    held = dict(backend._saver._buffers)
+    held = dict(backend._saver._memory._buffers)
     on_device = {name for name, tensor in backend.state_dict().items() if tensor.is_cuda}
     assert {name for name, tensor in held.items() if tensor.is_pinned()} == on_device
     backend.begin_save(tmp_path / "second").result()
-    assert all(backend._saver._buffers[name] is tensor for name, tensor in held.items())
+    assert all(backend._saver._memory._buffers[name] is tensor for name, tensor in held.items())
 
 
 @pytest.mark.parametrize("head_dtype", ["model", "float32"])

@@ -19,6 +19,8 @@ from transformers.core_model_loading import Chunk, WeightConverter
 
 from learner.backends import export
 from learner.backends.export import export_hf
+from learner.backends.exporter import WeightExporter
+from learner.backends.sharding import placements
 
 from .kit import tiny_model
 from .ranks_kit import TwoRanks, build, spec_of, two_ranks
@@ -57,9 +59,16 @@ class Held:
 def watched(shard_bytes: int) -> Iterator[Held]:
     """What a save within it holds, with files of ``shard_bytes``."""
     held, gather, before = Held(), DTensor.full_tensor, storages()
+    receive = WeightExporter._gather
 
     def gathering(tensor: DTensor, *arguments: Any) -> Tensor:
         value: Tensor = gather(tensor, *arguments)
+        held.gathers += 1
+        held.look(before)
+        return value
+
+    def receiving(*arguments: Any) -> Tensor:
+        value = receive(*arguments)
         held.gathers += 1
         held.look(before)
         return value
@@ -72,6 +81,7 @@ def watched(shard_bytes: int) -> Iterator[Held]:
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(DTensor, "full_tensor", gathering)
+            patch.setattr(WeightExporter, "_gather", receiving)
             patch.setattr("learner.backends.export.save_file", saving)
             patch.setattr(export, "SHARD_BYTES", shard_bytes)
             yield held
@@ -128,6 +138,26 @@ def test_rank_0_never_holds_more_than_a_file_and_a_tensor(
         loaded.named_parameters(), again.named_parameters(), strict=True
     ):
         assert torch.equal(one, other), name
+
+
+@pytest.mark.parametrize(("model", "dtype"), [("untied", "float32"), ("tied", "bfloat16")])
+def test_beside_the_training_rank_0_holds_its_shards_a_file_and_a_tensor(
+    model: str, dtype: str, ranks: TwoRanks, tmp_path: Path
+) -> None:
+    both = ranks.make(spec_of(model=model, dtype=dtype))
+    parameters = placements(both.local.model).values()
+    width = 4 if dtype == "float32" else 2
+    shards = sum(one.to_local().numel() for one in parameters) * width
+    total = sum(one.numel() for one in parameters) * width
+    largest = max(one.numel() for one in parameters) * width
+    with watched(SHARD_BYTES) as held:
+        both.begin_export(tmp_path / "files").result()
+    assert held.gathers == len(parameters)
+    assert shards <= held.peak_bytes <= shards + SHARD_BYTES + 2 * largest < total + shards
+    both.save_hf(tmp_path / "waited")
+    expected, found = (tensors_of(tmp_path / name) for name in ("waited", "files"))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(one, expected[name]) for name, one in found.items())
 
 
 def test_the_files_are_those_that_transformers_writes(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import resource
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from learner.worker_thread import TorchThread
 from ringasync.broker.client import Broker
 from ringasync.broker.types import Fence
 from ringasync.config.schema import Config
-from ringasync.errors import WeightError
+from ringasync.errors import EnvironmentRefusedError, WeightError
 from ringasync.records.weights import WeightManifest
 from ringasync.weights.file_transport import FileTransport
 from ringasync.weights.manifest import load_manifest
@@ -108,6 +110,46 @@ async def test_training_goes_on_while_a_version_is_handed_over(
     first = tensors_in(one.folder / "v000001-f1")
     assert all(torch.equal(first[name], value) for name, value in written.items())
     assert not all(torch.equal(first[name], found[name]) for name in found)
+    one.thread.close()
+
+
+async def test_training_goes_on_while_a_version_is_written(
+    run: tuple[Broker, Fence], tmp_path: Path
+) -> None:
+    one = Publishing(run, tmp_path)
+    one.disk.free.set()
+    before = exported(one, tmp_path / "before")
+    may_write = threading.Event()
+    one.backend._exporter._executor.submit(may_write.wait)  # the disk is busy
+    assert await one.begin(0) == 1
+    one.backend.train_batch(toy_batch(step=1))
+    assert one.disk.began == 0
+    may_write.set()
+    await one.publisher.settle()
+    assert await one.announced() == 1
+    found = await one.weights_of(1)
+    assert all(torch.equal(found[name], value) for name, value in before.items())
+    one.thread.close()
+
+
+async def test_a_disk_that_refuses_a_version_is_told_when_it_is_settled(
+    run: tuple[Broker, Fence], tmp_path: Path
+) -> None:
+    one = Publishing(run, tmp_path)
+    one.disk.free.set()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+    try:
+        await one.begin(0)
+        with pytest.raises(EnvironmentRefusedError, match="weights cannot be written to"):
+            await one.publisher.settle()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert await one.announced() == 0
+    assert one.disk.began == 0
+    assert await one.begin(0) == 2
+    await one.publisher.settle()
+    assert await one.announced() == 2
     one.thread.close()
 
 

@@ -147,10 +147,14 @@ def test_the_export_of_two_ranks_is_that_of_one(ranks: TwoRanks, tmp_path: Path)
         spec = spec_of(model=model, dtype="bfloat16")
         both, alone = ranks.make(spec), build(spec)
         both.save_hf(tmp_path / f"{model}-two")
+        both.begin_export(tmp_path / f"{model}-beside").result()
         alone.save_hf(tmp_path / f"{model}-one")
         one, two = (load_file(tmp_path / f"{model}-{n}/model.safetensors") for n in ("one", "two"))
         assert one.keys() == two.keys()
         assert all(torch.equal(one[name], two[name]) for name in one)
+        for name in ("config.json", "model.safetensors"):
+            waited, beside = (tmp_path / f"{model}-{way}" / name for way in ("two", "beside"))
+            assert waited.read_bytes() == beside.read_bytes()
         texts = [(tmp_path / f"{model}-{n}/config.json").read_text() for n in ("one", "two")]
         assert texts[0] == texts[1]
 
