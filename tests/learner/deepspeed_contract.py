@@ -14,7 +14,7 @@ from ringasync.config.schema import LossConfig
 from .backend_contract import learner_config
 from .checkpoint_kit import snapshot
 from .kit import toy_batch
-from .ranks_contract import DENSE_TERMS, ROUTERS, close
+from .ranks_contract import CANCELLED, DENSE_TERMS, ROUTERS, close
 from .ranks_kit import build, keep_gradients, spec_of
 
 STAGES = (0, 1, 2, 3)
@@ -75,9 +75,9 @@ def agrees_with_torch(
     for step in range(2):
         batch = toy_batch(case.get("count", 6), step=step)
         expected, found = alone.train_batch(batch), engine.train_batch(batch)
-        assert found.loss == pytest.approx(expected.loss, rel=RELATIVE, abs=1e-7)
+        assert found.loss == pytest.approx(expected.loss, rel=RELATIVE, abs=CANCELLED)
         assert found.grad_norm == pytest.approx(expected.grad_norm, rel=RELATIVE)
-        assert found.terms == pytest.approx(expected.terms, rel=RELATIVE, abs=1e-7)
+        assert found.terms == pytest.approx(expected.terms, rel=RELATIVE, abs=CANCELLED)
         assert found.tokens.num_tokens == expected.tokens.num_tokens == batch.trained_tokens
     trained = {name for name, one in alone.model.named_parameters() if one.requires_grad}
     assert gradients.keys() == expected_gradients.keys() == trained

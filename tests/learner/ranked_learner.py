@@ -15,6 +15,8 @@ import pytest
 
 from .kit import Feeder, LearnerProcess, check_ledger, config_path, until, write_config
 
+CANCELLED = 1e-6
+"""How far apart two losses may be that are near zero: sums of parts of about one that cancel."""
 PROMPT_S = 12.0
 """From the death of one process to the end of the last: seconds, on a loaded machine."""
 
@@ -106,12 +108,12 @@ async def trained(feeder: Feeder, learners: list[RankedLearner], step: int) -> N
             assert one.process.poll() is None, one.log()
         return all([one.find_ranks() for one in learners])
 
-    await until(begun, "both ranks", 60)
+    await until(begun, "both ranks", 120)
 
     async def done() -> bool:
         return await begun() and await feeder.step() >= step
 
-    await until(done, f"step {step}", 60)
+    await until(done, f"step {step}", 150)
 
 
 async def finished_alone(
@@ -124,7 +126,7 @@ async def finished_alone(
     rows = await feeder.metrics()
     assert {row["step"] for row in rows} == expected.keys()
     for row in rows:
-        assert row["loss"] == pytest.approx(expected[row["step"]], rel=1e-5, abs=1e-7)
+        assert row["loss"] == pytest.approx(expected[row["step"]], rel=1e-5, abs=CANCELLED)
     await check_ledger(feeder, 5 * 120)
     return rows
 

@@ -26,7 +26,7 @@ from .kit import (
     until,
     write_config,
 )
-from .ranked_learner import RankedLearner, begin_training
+from .ranked_learner import CANCELLED, RankedLearner, begin_training
 
 _VOCAB = 250_000
 """Logits of a micro-batch of this model take 100 MB and more, twice in a step; all else of it, with
@@ -113,7 +113,7 @@ async def test_a_step_out_of_memory_is_said_and_goes_on_with_a_remedy(
     resource.prlimit(again.process.pid, resource.RLIMIT_DATA, (limit, limit))
     assert await again.wait() == 0, again.log()
     assert newest_checkpoint(feeder).meta.step == 3
-    assert await losses_of(feeder) == pytest.approx(expected, rel=1e-5, abs=1e-7)
+    assert await losses_of(feeder) == pytest.approx(expected, rel=1e-5, abs=CANCELLED)
     await check_ledger(feeder, 3 * 120)
     await feeder.close()
 

@@ -19,7 +19,7 @@ from ringasync.errors import CheckpointError
 
 from .backend_contract import learner_config
 from .kit import toy_batch
-from .ranks_contract import DENSE_TERMS, ROUTERS, ContractOnTwoRanks, close
+from .ranks_contract import CANCELLED, DENSE_TERMS, ROUTERS, ContractOnTwoRanks, close
 from .ranks_kit import RANKS, TwoRanks, build, keep_gradients, spec_of, two_ranks
 
 DEVICE = "cuda" if torch.cuda.device_count() >= RANKS else "cpu"
@@ -105,9 +105,9 @@ def agrees_with_one_rank(ranks: TwoRanks, case: dict[str, Any]) -> None:
     for step in range(2):
         batch = toy_batch(case.get("count", 6), step=step)
         expected, found = alone.train_batch(batch), both.train_batch(batch)
-        assert found.loss == pytest.approx(expected.loss, rel=RELATIVE, abs=1e-7)
+        assert found.loss == pytest.approx(expected.loss, rel=RELATIVE, abs=CANCELLED)
         assert found.grad_norm == pytest.approx(expected.grad_norm, rel=RELATIVE)
-        assert found.terms == pytest.approx(expected.terms, rel=RELATIVE, abs=1e-7)
+        assert found.terms == pytest.approx(expected.terms, rel=RELATIVE, abs=CANCELLED)
         assert found.tokens.num_tokens == expected.tokens.num_tokens == batch.trained_tokens
         for name in ("log_ratio", "weights", "ages", "clipped", "entropy"):
             one, two = (sorted(getattr(r.tokens, name)) for r in (expected, found))
