@@ -12,7 +12,7 @@ import pytest
 from .test_whole_run import check_finished, has_done
 from .tiny_run import TinyRun, started, tiny_settings
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 
 def has_both_ranks(run: TinyRun) -> bool:
@@ -26,8 +26,8 @@ def test_ranks_and_their_launcher_are_killed_and_the_run_goes_on(
     settings = tiny_settings(tmp_path, tiny_model, learner__ranks=2, learner__steps=12)
     with started(tmp_path, settings) as run:
         for at_least, index in ((1, -1), (3, 0)):  # a rank, then the launcher
-            run.wait_until(partial(has_done, run, at_least), f"step {at_least}", 90)
-            run.wait_until(partial(has_both_ranks, run), "launcher and ranks", 90)
+            run.wait_until(partial(has_done, run, at_least), f"step {at_least}", 200)
+            run.wait_until(partial(has_both_ranks, run), "launcher and ranks", 200)
             os.kill(run.role_pids("learner")[index], signal.SIGKILL)
         assert run.wait(200) == 0, run.tail()
         check_finished(run, 12)
