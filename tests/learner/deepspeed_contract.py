@@ -14,7 +14,8 @@ from ringasync.config.schema import LossConfig
 from .backend_contract import learner_config
 from .checkpoint_kit import snapshot
 from .kit import toy_batch
-from .ranks_contract import CANCELLED, DENSE_TERMS, ROUTERS, close
+from .ranked_learner import CANCELLED
+from .ranks_contract import DENSE_TERMS, ROUTERS, close
 from .ranks_kit import build, keep_gradients, spec_of
 
 STAGES = (0, 1, 2, 3)

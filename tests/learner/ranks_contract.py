@@ -11,7 +11,6 @@ from learner.backends.base import Backend
 from ringasync.config.schema import LearnerConfig, LossConfig
 
 from .backend_contract import BackendContract, learner_config
-from .ranked_learner import CANCELLED as CANCELLED
 from .ranks_kit import TwoRanks, spec_of
 
 DENSE_TERMS: dict[str, Any] = {"kl_coef": 0.1, "entropy_coef": 0.01, "normalizer": "sequence"}

@@ -19,7 +19,8 @@ from ringasync.errors import CheckpointError
 
 from .backend_contract import learner_config
 from .kit import toy_batch
-from .ranks_contract import CANCELLED, DENSE_TERMS, ROUTERS, ContractOnTwoRanks, close
+from .ranked_learner import CANCELLED
+from .ranks_contract import DENSE_TERMS, ROUTERS, ContractOnTwoRanks, close
 from .ranks_kit import RANKS, TwoRanks, build, keep_gradients, spec_of, two_ranks
 
 DEVICE = "cuda" if torch.cuda.device_count() >= RANKS else "cpu"
