@@ -17,6 +17,7 @@ from learner.rank_process import (
 from ringasync.config.schema import LearnerConfig
 from ringasync.errors import RingError
 from ringasync.observability.log import configure_logging
+from ringasync.runtime.heavy_imports import heavy_imports
 from ringasync.runtime.role import RoleArgs, report_error, resolve_args, role_parser, run_role
 from ringasync.runtime.shutdown import Shutdown
 
@@ -53,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         die_with_launcher()
     if rank:
         return run_follower(args)
-    from learner.app import LearnerOptions, run_learner
+    with heavy_imports():
+        from learner.app import LearnerOptions, run_learner
 
     async def life(shutdown: Shutdown) -> int:
         try:
@@ -69,7 +71,8 @@ def run_follower(args: RoleArgs) -> int:
     """A rank other than 0 to its end; stop requests are rank 0's to act on."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    from learner.app import follow
+    with heavy_imports():
+        from learner.app import follow
 
     try:
         follow(args.config, args.model)

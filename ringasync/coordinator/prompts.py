@@ -10,6 +10,7 @@ from ringasync.broker.types import NewGroup
 from ringasync.config.schema import Config
 from ringasync.coordinator.history import eval_group_id
 from ringasync.errors import BadPromptError, ConfigError
+from ringasync.runtime.heavy_imports import heavy_imports
 
 Encode = Callable[[str], list[int]]
 """Rendered prompt to token ids, as the model's tokenizer has them."""
@@ -168,7 +169,8 @@ def load_encoder(model: str, template: str) -> Encode:
         ConfigError: there is no tokenizer at ``model``, or it has no chat template.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers import AutoTokenizer
+    with heavy_imports():
+        from transformers import AutoTokenizer
 
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(model)

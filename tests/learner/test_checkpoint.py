@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from ringasync import SCHEMA_VERSION
 from ringasync.errors import CheckpointError
 
 from .checkpoint_kit import Loaded, load_checkpoint, restore, save_checkpoint, snapshot
+from .disk_kit import small_files
 from .kit import tiny_backend, toy_batch
 from .test_journal import rollout
 
@@ -200,13 +200,11 @@ def test_nothing_there(tmp_path: Path) -> None:
 
 def test_a_full_disk_leaves_the_older_one(tmp_path: Path) -> None:
     save(tmp_path, 10)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
-    try:
-        with pytest.raises(CheckpointError, match=r"Free disk space|cannot be written"):
-            save(tmp_path, 20)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with (
+        small_files(200),
+        pytest.raises(CheckpointError, match=r"Free disk space|cannot be written"),
+    ):
+        save(tmp_path, 20)
     found, warnings = load(tmp_path)
     assert found is not None
     assert (found.meta.step, warnings) == (10, [])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import resource
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from ringasync.errors import CheckpointError, FencedError
 from tests.conftest import RedisServer
 
 from .checkpoint_kit import load_checkpoint, newest_checkpoint, snapshot
+from .disk_kit import small_files
 from .kit import Feeder, LearnerProcess, check_ledger, config_path, tiny_backend, toy_batch, until
 
 TTL_MS = 60_000
@@ -135,14 +135,9 @@ async def test_a_failed_write_keeps_the_last_good_one_and_is_tried_again(
     saving = Saving(*run, tmp_path)
     await saving.begin(1)
     await saving.saver.settle()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
-    try:
-        with structlog.testing.capture_logs() as logs:
-            await saving.begin(2)
-            await saving.saver.settle()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with small_files(2000), structlog.testing.capture_logs() as logs:
+        await saving.begin(2)
+        await saving.saver.settle()
     (said,) = (log for log in logs if log["log_level"] == "error")
     assert (said["step"], said["last_good_step"]) == (2, 1)
     assert (saving.saver.failures, saving.saver.written_step, saving.steps()) == (1, 1, [1])

@@ -5,10 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-import resource
-import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,6 +13,7 @@ from ringasync.errors import CheckpointError, EnvironmentRefusedError, JournalEr
 
 from ..conftest import RedisServer
 from .checkpoint_kit import newest_checkpoint
+from .disk_kit import small_disk, small_files
 from .kit import Feeder, LearnerProcess, check_ledger, config_path, tiny_backend, tiny_model, until
 
 CASES = {
@@ -28,22 +25,6 @@ CASES = {
     ),
     "weights": (EnvironmentRefusedError.exit_code, "EnvironmentRefusedError: version "),
 }
-
-
-@contextmanager
-def small_disk(folder: Path) -> Iterator[None]:
-    """``folder`` on a file system of its own, of 8 MB."""
-    folder.mkdir(parents=True)
-    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
-    try:
-        subprocess.run(command, capture_output=True, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"file systems cannot be mounted here: {error}")  # the other tests need none
-    try:
-        yield
-    finally:
-        # Lazy: the learner of a test that failed may live, and a mount left here breaks later runs.
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def fill(folder: Path) -> Path:
@@ -105,13 +86,8 @@ async def test_a_disk_that_fills_up_costs_nothing(
 
 def test_weights_that_do_not_fit_are_refused_with_path_and_bytes(tmp_path: Path) -> None:
     backend = tiny_backend()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
-    try:
-        with pytest.raises(EnvironmentRefusedError) as raised:
-            backend.save_hf(tmp_path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with small_files(5000), pytest.raises(EnvironmentRefusedError) as raised:
+        backend.save_hf(tmp_path)
     size = sum(one.numel() * one.element_size() for one in tiny_model().parameters())
     free = os.statvfs(tmp_path)
     assert f"weights cannot be written to {tmp_path}: " in str(raised.value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,8 @@ from learner.record import BatchRecord, CarriedRollout, pack_carry, unpack_carry
 from ringasync.broker.types import RawGroup, RawRollout
 from ringasync.errors import FencedError, JournalError
 from ringasync.records.segment import encode_segment, policy_segment
+
+from .disk_kit import small_files
 
 
 def rollout(rollout_id: str, tokens: int = 4) -> RawRollout:
@@ -195,13 +196,8 @@ def test_rolls_over_to_new_files(tmp_path: Path) -> None:
 
 def test_a_full_disk_leaves_a_whole_journal(tmp_path: Path) -> None:
     journal = filled(tmp_path, 1)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (journal.end + 100, limits[1]))
-    try:
-        with pytest.raises(JournalError, match="Free disk space"):
-            journal.append(record(1))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with small_files(journal.end + 100), pytest.raises(JournalError, match="Free disk space"):
+        journal.append(record(1))
     assert last_file(tmp_path).stat().st_size == journal.end
     journal.append(record(1))
     journal.close()

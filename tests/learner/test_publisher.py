@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import resource
 import threading
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from ringasync.weights.file_transport import FileTransport
 from ringasync.weights.manifest import load_manifest
 from tests.conftest import RedisServer
 
+from .disk_kit import small_files
 from .kit import Feeder, LearnerProcess, config_path, tiny_backend, toy_batch, until
 
 
@@ -137,14 +137,10 @@ async def test_a_disk_that_refuses_a_version_is_told_when_it_is_settled(
 ) -> None:
     one = Publishing(run, tmp_path)
     one.disk.free.set()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
-    try:
+    with small_files(5000):
         await one.begin(0)
         with pytest.raises(EnvironmentRefusedError, match="weights cannot be written to"):
             await one.publisher.settle()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert await one.announced() == 0
     assert one.disk.began == 0
     assert await one.begin(0) == 2

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.vllm.kit import engine_processes
+from tests.vllm.kit import engine_processes, make_engine
 from tests.vllm.models import write_dense
 
 pytestmark = pytest.mark.timeout(300)
@@ -60,3 +60,13 @@ def test_a_killed_worker_takes_its_engine_with_it(tmp_path: Path) -> None:
         print(f"{len(children)} processes ended {time.monotonic() - began_s:.2f} s after the kill")
     finally:
         process.kill()
+
+
+async def test_a_stopped_engine_ends_by_itself(tmp_path: Path) -> None:
+    """vLLM kills what has not ended after five seconds, which every stop would wait for."""
+    engine = make_engine()
+    await engine.start(write_dense(tmp_path / "w", seed=0, tied=False), 1)
+    assert engine._engine is not None
+    processes = engine._engine.engine_core.resources.engine_manager.processes
+    await engine.stop()
+    assert [process.exitcode for process in processes] == [0]

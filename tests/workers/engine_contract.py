@@ -269,9 +269,10 @@ class EngineContract:
     ) -> None:
         collector = Collector(engine)
         first, second = prompts(kit, 2)
+        before = engine.prompt_tokens
         await engine.generate([request("a", first, 2), request("b", first, 2, second)])
         await collector.until_finished("a", "b")
-        total, cached = engine.prompt_tokens
+        total, cached = (now - then for now, then in zip(engine.prompt_tokens, before, strict=True))
         assert total == 2 * len(first) + len(second)
         assert 0 <= cached < total
 

@@ -13,6 +13,7 @@ from ringasync.config.schema import Config
 from ringasync.errors import ConfigError, EngineError
 from ringasync.observability.log import get_logger
 from ringasync.records.routing import MODEL_TYPES
+from ringasync.runtime.heavy_imports import heavy_imports
 from workers.engines.base import Engine, SamplingParams
 from workers.engines.scripted import ScriptedEngine, ScriptedOptions
 from workers.engines.vllm.options import VllmOptions
@@ -36,16 +37,17 @@ class EngineFactory:
         ``ConfigError`` for an option that the engine does not have, ``EnvironmentRefusedError``
         when its libraries are missing or too old.
         """
-        if self.config.worker.engine == "vllm":
-            from workers.engines.vllm import setup
+        with heavy_imports():
+            if self.config.worker.engine == "vllm":
+                from workers.engines.vllm import setup
 
-            setup.prepare()
-        elif self.config.weights.transport == "nccl":
+                setup.prepare()
+            self._options()
+        if self.config.worker.engine != "vllm" and self.config.weights.transport == "nccl":
             log.info(
                 "this engine reads the files that the learner publishes: only vLLM pulls by nccl",
                 engine=self.config.worker.engine,
             )
-        self._options()
 
     def __call__(self, weights_dir: Path) -> Engine:
         """An engine that is not started yet.

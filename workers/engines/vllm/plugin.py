@@ -7,6 +7,7 @@ its parent and would hold the GPU.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import select
@@ -44,6 +45,9 @@ def watch_owner() -> None:
         handle = os.pidfd_open(owner)
     except ProcessLookupError:
         _end()
+    # Runs last, as the first one registered. Taking apart all that vLLM imported needs seconds, and
+    # vLLM kills a process that takes more than five: every stop of an engine did.
+    atexit.register(os._exit, 0)
     threading.Thread(target=_wait_for_end, args=(handle,), name="owner-watch", daemon=True).start()
 
 
