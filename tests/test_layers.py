@@ -265,3 +265,19 @@ def test_printed_tree_names_only_errors_that_exist_with_their_exit_codes() -> No
             assert known[words[0]] == int(line.split("exit")[-1]), line
     named = {word for word in tree.split() if word.endswith("Error")}
     assert named == set(known)
+
+
+def test_no_default_argument_binds_a_clock() -> None:
+    """It would be the machine's in a simulation too: see ``ringasync.clock``."""
+    found = []
+    for path in sources("ringasync", "workers", "learner"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            given = [*node.args.defaults, *node.args.kw_defaults]
+            found += [
+                f"{name_of(path)}:{one.lineno} {ast.unparse(one)}"
+                for one in given
+                if isinstance(one, ast.Attribute) and ast.unparse(one).startswith("time.")
+            ]
+    assert found == []

@@ -9,12 +9,12 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ringasync.broker.types import AppendItem, Lease
+from ringasync.clock import monotonic_s
 from ringasync.observability.log import get_logger
 from ringasync.records.routing import RoutedRows, join_rows, last_rows
 from ringasync.records.segment import Segment, encode_segment, policy_segment
@@ -163,7 +163,7 @@ class LocalRollout:
 class RolloutStore:
     """All rollouts a worker holds leases on, by id."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = monotonic_s) -> None:
         self._rollouts: dict[str, LocalRollout] = {}
         self._clock = clock
         self.held_version: int | None = None

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from ringasync.broker.types import Lease, Poll
+from ringasync.clock import monotonic_s
 from ringasync.errors import SchemaError
 from ringasync.records.segment import decode_segment
 from ringasync.records.states import FinishReason
@@ -23,7 +23,7 @@ class TakePause:
     and when something changes that decides which tickets this worker may have.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = monotonic_s) -> None:
         self._clock = clock
         self._seen: tuple[object, ...] = ()
         self._pause_s = _EMPTY_TAKE_PAUSE_S[0]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable
+
+from ringasync.clock import monotonic_s
 
 WINDOW_S = 10.0
 
@@ -12,7 +13,7 @@ WINDOW_S = 10.0
 class Throughput:
     """Counts tokens; the rate is over ``WINDOW_S`` or since the first token, if that is less."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = monotonic_s) -> None:
         self._clock = clock
         self._recent: deque[tuple[float, int]] = deque()
         self._began_s: float | None = None

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ringasync.clock import monotonic_s
 from ringasync.errors import VerifierTimeoutError
 from ringasync.observability.stalls import Awaited, StallClock, together
 
@@ -21,7 +21,7 @@ _REMEDY = (
 class VerdictWatch:
     """Told of each verdict that is asked for; ``stall`` names the oldest that is overdue."""
 
-    def __init__(self, deadline_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, deadline_s: float, clock: Callable[[], float] = monotonic_s) -> None:
         self._clock = clock
         self._stalls = StallClock(deadline_s, clock)
         self._asked: dict[str, str] = {}

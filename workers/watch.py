@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 
+from ringasync.clock import monotonic_s
 from ringasync.observability.stalls import Awaited, StallClock, together
 
 Status = Mapping[str, str | int | float]
@@ -19,7 +19,7 @@ class WorkerWatch:
     A pure function of the statuses and the clock; it waits for nothing itself.
     """
 
-    def __init__(self, deadline_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, deadline_s: float, clock: Callable[[], float] = monotonic_s) -> None:
         self._stalls = StallClock(deadline_s, clock)
 
     def watched(self, status: Callable[[], Status]) -> Callable[[], Status]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 
 from ringasync.broker.types import Backlog, Poll
+from ringasync.clock import monotonic_s
 from ringasync.coordinator.seat import Seat
 from ringasync.observability.stalls import Awaited, StallClock
 
@@ -28,7 +28,7 @@ class StuckGroups:
     could: nothing is paused, nobody else has the device, and they are not just queueing.
     """
 
-    def __init__(self, seat: Seat, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, seat: Seat, clock: Callable[[], float] = monotonic_s) -> None:
         self._seat, self._clock = seat, clock
         deadline_s = seat.config.observability.stall_report_s
         self._every_s = deadline_s / 4

@@ -13,10 +13,11 @@ thread of its own, so that a loop that hangs is seen from outside.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
+
+from ringasync.clock import monotonic_s
 
 
 class Health:
@@ -26,7 +27,7 @@ class Health:
         self,
         labels: Mapping[str, str],
         silent_after_s: float,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = monotonic_s,
     ) -> None:
         self._labels, self._silent_after_s, self._clock = dict(labels), silent_after_s, clock
         self._said: tuple[float, str, str] | None = None

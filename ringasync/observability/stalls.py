@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 
+from ringasync.clock import monotonic_s
 from ringasync.observability.log import get_logger
 
 log = get_logger(__name__)
@@ -38,7 +38,7 @@ class StallClock:
     """Since when each thing is awaited. What is overdue is named in the log, at first at
     ``deadline_s`` and then this often, and in ``look``'s answer for as long as it lasts."""
 
-    def __init__(self, deadline_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, deadline_s: float, clock: Callable[[], float] = monotonic_s) -> None:
         self._deadline_s, self._clock = deadline_s, clock
         self._since: dict[str, tuple[Hashable, float]] = {}
         self._said: dict[str, float] = {}

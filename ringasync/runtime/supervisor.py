@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ringasync.clock import monotonic_s
 from ringasync.runtime.process import RoleProcess, RoleSpec, describe_exit
 from ringasync.runtime.shutdown import EXIT_INTERRUPTED, Shutdown
 
@@ -55,7 +55,7 @@ class Supervisor:
         *,
         say: Callable[[str], None],
         policy: RestartPolicy | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = monotonic_s,
     ) -> None:
         self._specs, self._log_dir, self._say, self._clock = tuple(specs), log_dir, say, clock
         self._policy = policy or RestartPolicy()

@@ -35,6 +35,24 @@ ROUGH = Schedule(
         Fault(460, "crash_after", 5),
     ),
 )
+LONG = Schedule(
+    "rounds",
+    9274,
+    (
+        Fault(79, "cut", 300),
+        Fault(129, "crash_after", 900),
+        Fault(142, "repeat", 40),
+        Fault(210, "hold", 300),
+        Fault(220, "repeat", 900),
+        Fault(293, "crash_after", 5),
+        Fault(329, "cut", 300),
+        Fault(388, "hold", 300),
+        Fault(493, "crash_after", 40),
+        Fault(700, "cut", 40),
+        Fault(800, "late_answer", 40),
+    ),
+)
+"""Long enough that what is due by the clock of the machine comes now before, now after a step."""
 
 
 @pytest.fixture
@@ -61,6 +79,13 @@ def test_a_schedule_has_the_same_steps_in_every_process(server: redis.Redis) -> 
         env={**os.environ, "PYTHONHASHSEED": "5"},
     ).stdout
     assert "\n".join(line for line in steps) in again
+
+
+def test_a_long_schedule_has_the_same_steps_every_time(server: redis.Redis) -> None:
+    with simulated_scripts():
+        steps = run_once(server, LONG)
+        for _ in range(4):
+            assert run_once(server, LONG) == steps
 
 
 def test_another_jitter_has_other_steps(server: redis.Redis) -> None:

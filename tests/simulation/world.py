@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
@@ -270,7 +269,6 @@ class Simulation:
             companion=grader.run,
             more_status=grader.status,
         )
-        worker.store._clock = worker._take_pause._clock = worker._throughput._clock = time.monotonic
         await worker.run()
         await transport.close()
 
