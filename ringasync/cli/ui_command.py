@@ -32,5 +32,5 @@ def ui(
         await serve(broker, await config_of(broker), host, port, typer.echo)
 
     ask(target, body)
-    # Only a signal ends the page. The server repeats it, which in a busy process may come to nothing.
+    # Only a signal ends the page. The server repeats it, which may come to nothing if all is busy.
     raise typer.Exit(130)
