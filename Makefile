@@ -18,6 +18,7 @@ DEEPSPEED := deepspeed==0.19.8
 SOURCES := ringasync workers learner
 # vLLM wants other versions than the rest, so it has an environment of its own.
 VLLM_VENV := .venv-vllm
+CAN_SERVE_VLLM := $(shell grep -q -s -w avx2 /proc/cpuinfo && echo yes)
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check --no-input
 TORCH_FLAGS ?=
 ARGS ?=
@@ -32,7 +33,7 @@ find_python = for p in $(PYTHON) python3.13 python3.12 python3.11 python3; do \
 	then echo $$p; exit 0; fi; done; \
 	echo "ringasync needs Python 3.11 to 3.13; none found on PATH (set PYTHON=...)" >&2; exit 1
 
-.PHONY: help demo install install-dev install-vllm test test-vllm wheel-test compose-test manifests docs audit lint format types bench simulate chaos clean
+.PHONY: help demo install install-dev install-vllm install-all test test-vllm wheel-test compose-test manifests docs audit lint format types bench simulate chaos clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -48,8 +49,11 @@ test: lint types ## lint, types and all tests
 
 install-vllm: $(VLLM_VENV)/.installed ## vLLM for the CPU with the tools of its tests, in .venv-vllm
 
+# With -j2 side by side: pip uses one core and waits for the disk.
+install-all: install-dev $(if $(CAN_SERVE_VLLM),install-vllm) ## all that the tests need
+
 test-vllm: ## the tests that need vLLM, on this machine's CPU; skipped where it cannot serve
-	@if grep -q -w avx2 /proc/cpuinfo; then $(MAKE) --no-print-directory run-test-vllm; \
+	@if [ -n "$(CAN_SERVE_VLLM)" ]; then $(MAKE) --no-print-directory run-test-vllm; \
 	else echo "skipped: vLLM for the CPU needs AVX2 (x86-64), which this processor lacks"; fi
 
 # vLLM leaves sockets and files to the collector, which complains of them in whichever test comes next.

@@ -10,6 +10,7 @@ from ringasync.broker.client import Broker
 from ringasync.cli.options import RedisUrlOption, RunOption, RunsDirOption
 from ringasync.cli.target import config_of, running_target
 from ringasync.cli.tools import RUNS_DIR, ask
+from ringasync.runtime.shutdown import EXIT_INTERRUPTED
 
 
 def ui(
@@ -32,5 +33,6 @@ def ui(
         await serve(broker, await config_of(broker), host, port, typer.echo)
 
     ask(target, body)
-    # Only a signal ends the page. The server repeats it, which may come to nothing if all is busy.
-    raise typer.Exit(130)
+    # Only a signal ends the page. The server repeats it, and asyncio cancels the task for SIGINT at
+    # its next turn or a later one: by then it may be over, as if nobody had interrupted it.
+    raise typer.Exit(EXIT_INTERRUPTED)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import socket
 from collections.abc import Callable
 
@@ -62,7 +61,3 @@ async def serve(
         if host not in LOOPBACK:
             say("whoever reaches this address sees the run, prompts and answers too: no login")
         await server.serve(sockets=[listening])
-        # The server repeats the signal that ended it, and asyncio cancels this task for SIGINT, at
-        # its next turn or a later one: wait for that, or what comes next may end the command as if
-        # nobody had interrupted it.
-        await asyncio.sleep(_LEAVE_S)

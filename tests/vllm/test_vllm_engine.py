@@ -17,10 +17,7 @@ from workers.engines.base import Engine, SamplingParams
 
 
 class KeptEngine:
-    """One engine for many tests, because vLLM takes 20 s to start; a new one where a test ended it.
-
-    That an engine can be used again after each of them is part of what is tested.
-    """
+    """One engine for many tests, because vLLM takes 20 s to start; anew where a test ended it."""
 
     def __init__(self, kit: EngineKit) -> None:
         self.kit = kit

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import multiprocessing
 import os
 import select
 import signal
+import sys
 import threading
+from multiprocessing.util import Finalize
 
 from workers.engines.vllm import packing
 
@@ -45,9 +48,7 @@ def watch_owner() -> None:
         handle = os.pidfd_open(owner)
     except ProcessLookupError:
         _end()
-    # Runs last, as the first one registered. Taking apart all that vLLM imported needs seconds, and
-    # vLLM kills a process that takes more than five: every stop of an engine did.
-    atexit.register(os._exit, 0)
+    _end_soon_after_success()
     threading.Thread(target=_wait_for_end, args=(handle,), name="owner-watch", daemon=True).start()
 
 
@@ -56,6 +57,25 @@ def _wait_for_end(handle: int) -> None:
     poll.register(handle, select.POLLIN)
     poll.poll()  # readable when the process has ended
     _end()
+
+
+def _end_soon_after_success() -> None:
+    """Do not let Python take apart all that vLLM imported when this process ends: it needs seconds,
+    and vLLM kills what takes more than five. A process that failed keeps its exit code."""
+    if multiprocessing.parent_process() is None:
+        return  # how it ended would not be known
+    succeeded = threading.Event()
+
+    def note() -> None:
+        if sys.exc_info()[0] is None:
+            succeeded.set()
+
+    def leave() -> None:
+        if succeeded.is_set():
+            os._exit(0)
+
+    Finalize(None, note, exitpriority=0)  # where multiprocessing still holds the exception, if any
+    atexit.register(leave)  # registered before the others, so it runs after them
 
 
 def _end() -> None:
