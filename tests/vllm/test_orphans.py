@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -15,7 +14,6 @@ import pytest
 
 from tests.vllm.kit import engine_processes, make_engine
 from tests.vllm.models import write_dense
-from workers.engines.vllm.plugin import _end_soon_after_success
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -72,19 +70,3 @@ async def test_a_stopped_engine_ends_by_itself(tmp_path: Path) -> None:
     processes = engine._engine.engine_core.resources.engine_manager.processes
     await engine.stop()
     assert [process.exitcode for process in processes] == [0]
-
-
-def _end_of_a_process(how: str) -> None:
-    _end_soon_after_success()
-    if how == "fails":
-        raise ValueError(how)
-    if how == "exits":
-        raise SystemExit(7)
-
-
-@pytest.mark.parametrize(("how", "code"), [("succeeds", 0), ("fails", 1), ("exits", 7)])
-def test_a_process_that_ends_soon_keeps_its_exit_code(how: str, code: int) -> None:
-    process = multiprocessing.get_context("spawn").Process(target=_end_of_a_process, args=(how,))
-    process.start()
-    process.join(60)
-    assert process.exitcode == code

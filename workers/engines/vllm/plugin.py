@@ -67,8 +67,9 @@ def _end_soon_after_success() -> None:
     succeeded = threading.Event()
 
     def note() -> None:
-        if sys.exc_info()[0] is None:
-            succeeded.set()
+        error = sys.exc_info()[1]
+        if error is None or (isinstance(error, SystemExit) and error.code in (None, 0)):
+            succeeded.set()  # vLLM leaves its loop by SystemExit
 
     def leave() -> None:
         if succeeded.is_set():
