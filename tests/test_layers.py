@@ -281,3 +281,14 @@ def test_no_default_argument_binds_a_clock() -> None:
                 if isinstance(one, ast.Attribute) and ast.unparse(one).startswith("time.")
             ]
     assert found == []
+
+
+def test_nothing_waits_by_wait_for() -> None:
+    """Python 3.11's loses cancellations (``ringasync.broker.cancelling``): ``asyncio.timeout``."""
+    found = [
+        f"{name_of(path)}:{number}"
+        for path in sources("ringasync", "workers", "learner")
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if "asyncio.wait_for(" in line
+    ]
+    assert found == []

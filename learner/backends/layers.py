@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from learner.backends.compiled import compiled_program
+
 _EAGER_TOKENS = 8
 """Inputs of up to this many tokens are probes; a program compiled for them is used for no other."""
 
@@ -64,7 +66,7 @@ def _layers(model: nn.Module) -> Sequence[nn.Module]:
 
 
 def _compiled(plain: Callable[..., Any]) -> Callable[..., Any]:
-    program: Callable[..., Any] = torch.compile(plain)
+    program = compiled_program(plain)
 
     @wraps(plain)
     def forward(*args: Any, **kwargs: Any) -> Any:

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from learner.algorithms.extra_losses import entropy as entropy_of
 from learner.backends.collate import Positions
+from learner.backends.compiled import compiled_program
 
 _Entropy = Literal["none", "value", "gradient"]
 _ENTROPY_MAX_VOCAB = 8192
@@ -67,7 +68,7 @@ class TokenScores:
         """``dtype``: bfloat16 runs the model under autocast. ``compiled``: the log-softmax is one
         program that makes no float32 copy of the logits."""
         self._log_softmax: Callable[..., tuple[Tensor, Tensor]] = (
-            torch.compile(_scores) if compiled else _scores
+            compiled_program(_scores) if compiled else _scores
         )
         self._model = model
         self._dtype = dtype

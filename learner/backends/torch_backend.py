@@ -27,6 +27,7 @@ from learner.backends.collate import (
     pad_rows,
     plan_microbatches,
 )
+from learner.backends.compiled import compilation_explained
 from learner.backends.experts import use_autocast_experts
 from learner.backends.exporter import WeightExporter
 from learner.backends.extra_terms import ExtraTerms, FixedInputs, TermTotals
@@ -174,7 +175,7 @@ class TorchBackend:
         )
         own, real = self._ranks.share(whole)
         timer = StepTimer(self._device)
-        with memory_explained(learner, own):
+        with memory_explained(learner, own), compilation_explained():
             micro_batches = [micro.to(self._device) for micro in own]
             proximal: list[Tensor] | None = None
             if learner.updates_per_batch > 1:

@@ -209,7 +209,8 @@ async def _run_exists(broker: Broker) -> bool:
 
 async def _leave(seat: Seat) -> None:
     try:
-        await asyncio.wait_for(seat.leave(), _LEAVE_TIMEOUT_S)
+        async with asyncio.timeout(_LEAVE_TIMEOUT_S):
+            await seat.leave()
     except (TimeoutError, RingError) as error:
         log.warning("the seat could not be given back and will expire", why=str(error))
 

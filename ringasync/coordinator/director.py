@@ -108,6 +108,8 @@ class Director:
         left = backlog.ready_tokens + backlog.reserved_tokens + backlog.taken_tokens
         if poll.learner_step < steps and (left > 0 or backlog.open_groups > 0):
             return False
+        # Anew: the learner may have taken the last batch between the poll and the backlog.
+        poll = await self._seat.beat()
         latest = await self._seat.broker.version()
         return latest is not None and latest.learner_step >= poll.learner_step
 

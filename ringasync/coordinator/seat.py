@@ -142,7 +142,8 @@ class Seat:
     async def pause(self, seconds: float) -> bool:
         """Sleep, but not through a stop; True when the coordinator must end."""
         try:
-            await asyncio.wait_for(self.stop.wait(), seconds)
+            async with asyncio.timeout(seconds):
+                await self.stop.wait()
         except TimeoutError:
             return False
         return True

@@ -61,7 +61,8 @@ async def live_view(
             if snapshot.phase == Phase.DONE:
                 return
             with suppress(TimeoutError):
-                await asyncio.wait_for(stop.wait(), interval_s)
+                async with asyncio.timeout(interval_s):
+                    await stop.wait()
             if stop.is_set():
                 return
 

@@ -282,7 +282,8 @@ class _Child:
 
     async def _receive(self, timeout_s: float, complaint: str) -> dict[str, Any]:
         try:
-            return await asyncio.wait_for(self._read(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                return await self._read()
         except TimeoutError:
             self.usable = False
             raise VerifierTimeoutError(f"verifier {complaint} within {timeout_s:g} s") from None
@@ -307,7 +308,8 @@ class _Child:
 
     async def _died(self) -> VerifierCrashError:
         with suppress(TimeoutError):  # its own exit code says more than our signal
-            await asyncio.wait_for(self._process.wait(), _EXIT_GRACE_S)
+            async with asyncio.timeout(_EXIT_GRACE_S):
+                await self._process.wait()
         await self.kill()
         code = self._process.returncode
         if code and 128 < code <= 128 + signal.SIGSYS:  # bubblewrap's way to say "by a signal"

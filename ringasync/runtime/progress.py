@@ -38,7 +38,8 @@ async def progress_lines(
                 say(f"[{now - began:5.0f} s] {line}")
                 last_line, last_at = line, now
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(stop.wait(), LINE_LOOK_S)
+            async with asyncio.timeout(LINE_LOOK_S):
+                await stop.wait()
 
 
 async def state_line(broker: Broker, config: Config) -> str:

@@ -64,7 +64,8 @@ class Shutdown:
     async def sleep(self, seconds: float) -> bool:
         """Sleep, but not through a stop: True when a stop was requested."""
         try:
-            await asyncio.wait_for(self.requested.wait(), seconds)
+            async with asyncio.timeout(seconds):
+                await self.requested.wait()
         except TimeoutError:
             return False
         return True

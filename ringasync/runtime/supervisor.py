@@ -167,7 +167,8 @@ class Supervisor:
             f"{policy.max_restarts} in {pause_s:g} s"
         )
         try:
-            await asyncio.wait_for(self._ending.wait(), pause_s)
+            async with asyncio.timeout(pause_s):
+                await self._ending.wait()
         except TimeoutError:
             return True
         return False

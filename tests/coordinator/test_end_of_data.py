@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ringasync.broker.client import Broker
-from ringasync.broker.types import Poll, VersionInfo
+from ringasync.broker.types import Backlog, Fence, Poll, VersionInfo
 from ringasync.config.load import config_hash, resolved_json
 from ringasync.coordinator import recorder as recorder_module
 from ringasync.coordinator.director import Director
@@ -44,28 +44,30 @@ async def seated(live: Broker, run_name: str, tmp_path: Path) -> tuple[CountingS
     return seat, recorder
 
 
+async def publish_first(live: Broker) -> Fence:
+    """Version 1 by a learner, whose lock comes back."""
+    learner = await live.acquire_lock("learner", "test", 60_000)
+    await live.publish(learner, VersionInfo(1, 0, 0, "{}"))
+    return learner
+
+
+async def directed(seat: Seat, recorder: Recorder, *, prompts: int) -> tuple[Feeder, Director]:
+    """The director of a run with that many prompts, and its feeder."""
+    source = words_source(seat.config, size=prompts)
+    feeder = Feeder(seat, source)
+    await feeder.restore()
+    schedule = PipelinedSchedule(seat, feeder, [])
+    evaluator = Evaluator(seat, source, recorder)
+    return feeder, Director(seat, feeder, evaluator, schedule, Watchdog(seat))
+
+
 async def test_a_turn_that_feeds_the_last_prompts_does_not_end_the_run(
     live: Broker, run_name: str, tmp_path: Path
 ) -> None:
     """Found by simulation: what was open before the turn is not what is open after it."""
-    config = make_config(tmp_path, run_name, eval__prompts=0)
-    await live.create_run(resolved_json(config), config_hash(config))
-    learner = await live.acquire_lock("learner", "test", 60_000)
-    await live.publish(learner, VersionInfo(1, 0, 0, "{}"))
-    seat = Seat(live, config, Shutdown())
-    assert await seat.take()
-    await seat.beat()
-    recorder, source = Recorder(seat), words_source(config, size=1)
-    recorder.open()
-    feeder = Feeder(seat, source)
-    await feeder.restore()
-    director = Director(
-        seat,
-        feeder,
-        Evaluator(seat, source, recorder),
-        PipelinedSchedule(seat, feeder, []),
-        Watchdog(seat),
-    )
+    seat, recorder = await seated(live, run_name, tmp_path)
+    await publish_first(live)
+    feeder, director = await directed(seat, recorder, prompts=1)
     for _ in range(4):
         assert not await director.turn()
     assert feeder.data_ended
@@ -74,6 +76,32 @@ async def test_a_turn_that_feeds_the_last_prompts_does_not_end_the_run(
     await live.set_phase(seat.fence, "finishing")  # and were it set all the same
     await seat.beat()
     assert not await director.turn()
+    recorder.close()
+
+
+async def test_a_batch_that_is_taken_within_a_turn_is_waited_for(
+    live: Broker, run_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found by the chaos suite: the learner took the last batch after the turn's poll, and the run
+    was done while it trained."""
+    seat, recorder = await seated(live, run_name, tmp_path)
+    learner = await publish_first(live)
+    _, director = await directed(seat, recorder, prompts=0)
+    await live.set_phase(seat.fence, "finishing")
+    await seat.beat()
+    backlog = live.backlog
+
+    async def after_the_last_batch_was_taken() -> Backlog:
+        await live.client.hset(live.keys.meta, "learner_step", "1")
+        return await backlog()
+
+    monkeypatch.setattr(live, "backlog", after_the_last_batch_was_taken)
+    assert not await director.turn()
+    monkeypatch.undo()
+    assert not await director.turn()
+    await live.publish(learner, VersionInfo(2, 1, 0, "{}"))
+    assert await director.turn()
+    assert seat.poll.learner_step == 1  # what the recorder waits for
     recorder.close()
 
 

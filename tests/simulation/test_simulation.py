@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import redis
 
 from tests.conftest import RedisServer
 
+from . import explore
 from .explore import run_once, search, simulated_scripts
 from .schedule import Fault, Schedule
 
@@ -86,6 +88,30 @@ def test_a_long_schedule_has_the_same_steps_every_time(server: redis.Redis) -> N
         steps = run_once(server, LONG)
         for _ in range(4):
             assert run_once(server, LONG) == steps
+
+
+def test_a_seed_draws_the_same_schedules_whatever_is_loaded(
+    server: redis.Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hypothesis draws from the constants of loaded modules too, so a full run of the tests looked
+    at other schedules than this file alone."""
+    drawn: list[Schedule] = []
+
+    def note(_server: redis.Redis, schedule: Schedule) -> list[str]:
+        drawn.append(schedule)
+        return []
+
+    monkeypatch.setattr(explore, "run_once", note)
+    search(server, 40, seed=3)
+    alone = drawn[:]
+    drawn.clear()
+    (tmp_path / "full_of_constants.py").write_text(f"NUMBERS = {list(range(100, 1000))}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("full_of_constants")
+    search(server, 40, seed=3)
+    monkeypatch.delitem(sys.modules, "full_of_constants")
+    assert len(alone) == 40
+    assert drawn == alone
 
 
 def test_another_jitter_has_other_steps(server: redis.Redis) -> None:
