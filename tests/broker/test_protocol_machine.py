@@ -19,6 +19,7 @@ from hypothesis.stateful import invariant, rule, run_state_machine_as_test
 from ringasync.broker.types import TrainedTokens, VersionInfo
 from ringasync.errors import FencedError
 from tests.conftest import RedisServer
+from tests.draws import same_draws
 
 from .kit import TTL_MS
 from .protocol_model import Batch
@@ -214,18 +215,19 @@ class ProtocolMachine(WorkMoves):
 
 def search(machine: type[ProtocolMachine], url: str, examples: int, *, anew: bool = False) -> None:
     """Raises what the first failing example raises; the same examples every time but ``anew``."""
-    run_state_machine_as_test(
-        type("Machine", (machine,), {"url": url}),
-        settings=settings(
-            max_examples=examples,
-            stateful_step_count=70,
-            deadline=None,
-            derandomize=not anew,
-            phases=[Phase.generate, Phase.shrink] if anew else [Phase.generate],
-            report_multiple_bugs=anew,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
+    with same_draws():
+        run_state_machine_as_test(
+            type("Machine", (machine,), {"url": url}),
+            settings=settings(
+                max_examples=examples,
+                stateful_step_count=70,
+                deadline=None,
+                derandomize=not anew,
+                phases=[Phase.generate, Phase.shrink] if anew else [Phase.generate],
+                report_multiple_bugs=anew,
+                suppress_health_check=list(HealthCheck),
+            ),
+        )
 
 
 @pytest.mark.timeout(600)

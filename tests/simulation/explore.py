@@ -8,15 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
 import redis
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as seeded_with
-from hypothesis.internal.cache import LRUCache
-from hypothesis.internal.conjecture import providers
-from hypothesis.internal.constants_ast import Constants
 
 from tests.broker.kit import altered_scripts
+from tests.draws import same_draws
 
 from .after import check
 from .schedule import Schedule, schedules
@@ -92,13 +89,3 @@ def search(
 
     with simulated_scripts(), same_draws():
         every_schedule()
-
-
-@contextmanager
-def same_draws() -> Iterator[None]:
-    """Hypothesis mixes constants of the modules that are loaded into what it draws, so that a seed
-    would mean other schedules after other tests. It has no setting for that."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(providers, "_get_local_constants", Constants)
-        patch.setattr(providers, "CONSTANTS_CACHE", LRUCache(1024))
-        yield
