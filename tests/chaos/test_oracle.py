@@ -107,10 +107,11 @@ def test_an_outcome_that_is_missing_is_found(ended: Ended) -> None:
 
 def test_a_group_that_was_only_ready_is_found(ended: Ended) -> None:
     run = ended.read()
-    short = replace(run, records=run.records[:-1])
-    problems = check(short)
-    lost = [group.group_id for group in run.records[-1].groups]
-    assert lost
+    # The last batch may be made of what others carried over, and end no group.
+    victim = [record for record in run.records if record.groups][-1]
+    others = tuple(record for record in run.records if record is not victim)
+    problems = check(replace(run, records=others))
+    lost = [group.group_id for group in victim.groups]
     assert all(f"group {group} ended nowhere" in problems for group in lost)
 
 
