@@ -8,7 +8,6 @@ built again.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -88,7 +87,7 @@ def _removed_cut_off(error: BaseException) -> bool:
     if not path.is_relative_to(_cache_folder()):
         return False
     try:
-        os.unlink(path)
+        path.unlink(missing_ok=True)  # another rank of this host may have been first
     except OSError:
         return False
     structlog.get_logger(__name__).warning(
