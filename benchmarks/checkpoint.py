@@ -64,11 +64,15 @@ def write(pending: PendingCheckpoint) -> float:
 def measure(
     arguments: argparse.Namespace, directory: Path, asynchronous: bool
 ) -> dict[str, object]:
-    """Seconds that the training thread stood still a checkpoint, and what the steps took."""
+    """Seconds that the training thread stood still a checkpoint, and what the steps took.
+
+    ``waits_s`` is the part of ``stalls_s`` in which the checkpoint before was still being written:
+    where it is not 0, checkpoints follow faster than this disk takes them.
+    """
     backend = make_backend(arguments)
     batch = batch_of(arguments.tokens, arguments.vocab)
     backend.train_batch(batch)  # makes the optimizer's state, and warms up
-    stalls, steps, writes = [], [], []
+    stalls, waits, steps, writes = [], [], [], []
     under_way: Future[float] | None = None
     began_run = time.perf_counter()
     with ThreadPoolExecutor(max_workers=1) as beside:
@@ -81,6 +85,7 @@ def measure(
             began = time.perf_counter()
             if under_way is not None:
                 writes.append(under_way.result())
+            waits.append(time.perf_counter() - began)
             meta = CheckpointMeta("bench", step, 1, 1, 0, step, 0, "{}")
             pending = PendingCheckpoint.begin(directory, meta, (), backend.begin_save)
             under_way = beside.submit(write, pending)
@@ -97,6 +102,7 @@ def measure(
         "state_bytes": sum(tensor.nbytes for tensor in state.values()),
         "stall_first_s": stalls[0] if stalls else None,
         "stalls_s": stalls,
+        "waits_s": waits,
         "writes_s": writes,
         "steps_s": steps,
         "run_s": time.perf_counter() - began_run,

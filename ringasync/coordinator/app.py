@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from ringasync.broker.client import Broker
@@ -186,9 +187,7 @@ class Coordinator:
         log.info("run done", summary=str(path), steps=summary["steps"])
 
     async def _write_report(self, seat: Seat) -> None:
-        from ringasync.observability.report import write_report
-
-        writing = asyncio.create_task(asyncio.to_thread(write_report, seat.run_dir))
+        writing = asyncio.create_task(asyncio.to_thread(_report_of, seat.run_dir))
         while not writing.done():  # plotting takes a while: the lock must not expire meanwhile
             await asyncio.wait({writing}, timeout=seat.ttl_ms / 3000)
             await seat.beat()
@@ -197,6 +196,13 @@ class Coordinator:
         except Exception:
             # The run is done and its numbers are safe; `ringasync report` can try again.
             log.exception("no report could be written", remedy="ringasync report RUN")
+
+
+def _report_of(run_dir: Path) -> Path:
+    """In the thread, the import too: it takes a second, and fails where a package is damaged."""
+    from ringasync.observability.report import write_report
+
+    return write_report(run_dir)
 
 
 async def _run_exists(broker: Broker) -> bool:

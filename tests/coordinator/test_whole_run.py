@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,3 +67,16 @@ async def test_a_run_ends_with_both_evaluations_and_a_summary(
     assert all(group_id == f"g{index:06d}" for group_id, index in fed.items())
     meta = await live.run_meta()
     assert (meta["phase"], meta["pin_version"]) == ("done", "")
+    assert (config.run_dir / "report.html").is_file()
+
+
+async def test_a_run_is_done_also_where_its_report_cannot_be_written(
+    tmp_path: Path, run_name: str, redis_url: str, live: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "ringasync.observability.report", raising=False)
+    monkeypatch.setitem(sys.modules, "plotly.io", None)  # as if it were not installed
+    config = make_config(tmp_path, run_name)
+    await run_to_end(config, redis_url, live)
+    assert json.loads((config.run_dir / "summary.json").read_text())["ledger_balanced"] is True
+    assert not (config.run_dir / "report.html").exists()
+    assert (await live.run_meta())["phase"] == "done"
